@@ -1,0 +1,294 @@
+"""The bundle contract: `mirror.json`, the records it holds, and the checks on reading it.
+
+This module is what `export` and `runtime` share. It knows files and JSON, never tensors. The JSON
+Schema beside it (`bundle.schema.json`) is the same contract for hosts in other languages; unknown
+keys are refused in both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mirror.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "mirror.json"
+
+# The names a graph may use. A host computes every input below from its cursor and feeds those
+# that a graph declares. Per-layer KV tensors follow `kv_names`.
+INPUT_NAMES = (
+    "input_ids",  # int64 [1, width]
+    "position_ids",  # int64 [1, width], the absolute position of each row
+    "hidden_states",  # [1, width, hidden], the exit layer's state
+    "logit_rows",  # int64 [rows], the rows of this pass whose logits are wanted
+    "seqlens_k",  # int32 [1] = past_length + width - 1
+    "total_sequence_length",  # int32 [] = past_length + width
+    "past_length",  # int32 [1], the filled slots before this pass
+    "row_visible",  # int32 [width], the row sees trunk slots < row_visible
+    "row_branch",  # int32 [width], the row also sees earlier slots of this branch
+    "slot_branch",  # int32 [capacity], the branch each slot belongs to, -1 for none
+)
+OUTPUT_NAMES = (
+    "hidden_states",  # [1, width, hidden]
+    "logits",  # float32 [1, rows, vocab]
+    "token_ids",  # int64 [1, width], the likeliest next token of each row
+    "candidate_ids",  # int64 [1, width, top], likeliest first
+    "candidate_logprobs",  # float32 [1, width, top]
+)
+
+
+class Form(Enum):
+    """How a graph keeps its KV cache.
+
+    INPLACE: past and present are one buffer of fixed capacity, bound as input and as output.
+    ROWS: the graph reads the buffer and returns the new rows; the host writes them.
+    """
+
+    INPLACE = "inplace"
+    ROWS = "rows"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named graph input or output; symbolic dimensions are strings (`width`, `capacity`, `rows`)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """The cache of one layer: key and value, each `[1, heads, capacity, head_dim]`."""
+
+    layer: int
+    heads: int
+    head_dim: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file of a segment."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One step of the model; `graphs` holds it in one or both forms."""
+
+    name: str
+    kv: tuple[LayerKV, ...]
+    graphs: Mapping[Form, Graph]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a host needs to know of the target."""
+
+    architecture: str
+    model_type: str
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    precision: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Where the target is cut and what a round looks like."""
+
+    exit_layer: int
+    gamma: int
+    kappa: int
+    max_length: int
+    prefill_chunk: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Special tokens and the identity of the tokenizer."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+    tokenizer_fingerprint: str
+
+
+@dataclass(frozen=True)
+class DraftFacts:
+    """What the draft is: `model` (graphs in the bundle) or `ngram` (prompt lookup, no graph)."""
+
+    kind: str
+    source: str
+    layers: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size and hash of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Producer:
+    """Who made the bundle from what."""
+
+    version: str
+    source: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`mirror.json` in memory."""
+
+    schema_version: int
+    producer: Producer
+    model: ModelFacts
+    decoding: Decoding
+    tokens: Tokens
+    draft: DraftFacts | None
+    segments: Mapping[str, Segment]
+    files: Mapping[str, FileFacts]
+
+
+def kv_names(prefix: str, layer: int) -> tuple[str, str]:
+    """Return the key and value tensor names of a layer; prefix is `past_key_values` or `present`."""
+    return f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `mirror.json` into a folder."""
+    text = json.dumps(_to_json(manifest), indent=1, ensure_ascii=False)
+    (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a bundle folder, checked against the schema.
+
+    Raises:
+        BundleError: the folder or the file is missing, isn't JSON, has another schema version, or
+            breaks the schema (the message names the first offending key).
+    """
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise BundleError(f"no bundle at {folder}: the folder does not exist; make one with `mirror export`")
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST_NAME}; make one with `mirror export`")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path} is not readable JSON ({error}); export the bundle again") from error
+    _check_version(path, data)
+    _check_schema(path, data)
+    return _manifest(data)
+
+
+def check_files(folder: Path, manifest: Manifest, *, hashes: bool = False) -> None:
+    """Check that every file of a bundle is there with its size, and its sha256 when asked.
+
+    Raises:
+        BundleError: names the first file that is missing or differs.
+    """
+    for name, facts in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{name} is missing from {folder}; export the bundle again")
+        size = path.stat().st_size
+        if size != facts.bytes:
+            raise BundleError(
+                f"{name} has {size} bytes, {MANIFEST_NAME} says {facts.bytes}: it was truncated or edited; export the bundle again"
+            )
+        if hashes and file_sha256(path) != facts.sha256:
+            raise BundleError(
+                f"{name} does not have the sha256 that {MANIFEST_NAME} says: it was edited; export the bundle again"
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hex sha256 of a file, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of `mirror.json`."""
+    text = resources.files("mirror").joinpath("bundle.schema.json").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def _check_version(path: Path, data: Any) -> None:
+    found = data.get("schema_version") if isinstance(data, dict) else None
+    if found != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {found!r}, this mirror reads {SCHEMA_VERSION}; export the bundle again with this version"
+        )
+
+
+def _check_schema(path: Path, data: Any) -> None:
+    import jsonschema
+
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(data))
+    if error is not None:
+        where = ".".join(str(part) for part in error.absolute_path) or "the top level"
+        raise BundleError(f"{path}: at {where}: {error.message}; export the bundle again")
+
+
+def _to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {(key.value if isinstance(key, Form) else key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def _manifest(data: dict[str, Any]) -> Manifest:
+    tokens = data["tokens"]
+    return Manifest(
+        schema_version=data["schema_version"],
+        producer=Producer(**data["producer"]),
+        model=ModelFacts(**data["model"]),
+        decoding=Decoding(**data["decoding"]),
+        tokens=Tokens(**{**tokens, "eos": tuple(tokens["eos"])}),
+        draft=None if data["draft"] is None else DraftFacts(**data["draft"]),
+        segments={name: _segment(item) for name, item in data["segments"].items()},
+        files={name: FileFacts(**item) for name, item in data["files"].items()},
+    )
+
+
+def _segment(item: dict[str, Any]) -> Segment:
+    return Segment(
+        name=item["name"],
+        kv=tuple(LayerKV(**layer) for layer in item["kv"]),
+        graphs={Form(form): _graph(graph) for form, graph in item["graphs"].items()},
+    )
+
+
+def _graph(item: dict[str, Any]) -> Graph:
+    return Graph(item["file"], _tensors(item["inputs"]), _tensors(item["outputs"]))
+
+
+def _tensors(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(item["name"], item["dtype"], tuple(item["shape"])) for item in items)

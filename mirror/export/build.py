@@ -1,0 +1,264 @@
+"""`mirror export`: a checkpoint -> a bundle, written beside its final place and renamed when it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from mirror.bundle import (
+    SCHEMA_VERSION,
+    Decoding,
+    DraftFacts,
+    FileFacts,
+    Manifest,
+    ModelFacts,
+    Producer,
+    Tokens,
+    file_sha256,
+    write_manifest,
+)
+from mirror.errors import ExportError
+from mirror.export.bind import Binder, Precision
+from mirror.export.checkpoint import Checkpoint, eos_ids, open_checkpoint, tokenizer_fingerprint
+from mirror.export.cut import exit_layer_of
+from mirror.export.draft import DraftChoice, check_same_tokens, parse_draft, take_layers, with_layers
+from mirror.export.normalize import normalize
+from mirror.export.progress import Progress, Silent
+from mirror.export.recut import write_segments
+from mirror.export.selfcheck import CheckReport, check
+from mirror.export.trace import Traced, trace
+from mirror.export.weights import WeightFile
+from mirror.version import __version__
+
+POSITION_SLACK = 256  # rotary tables reach past max_length, for windows and padding rows at its end
+WEIGHT_FILE = "weights/mirror.bin"
+_TORCH_TYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `mirror export` can be told."""
+
+    exit_layer: str = "0.5"
+    gamma: int = 7
+    kappa: int = 8
+    max_length: int = 2048
+    precision: str = "fp32"
+    draft: str | None = "ngram"
+    prefill_chunk: int = 128
+    force: bool = False
+    allow_failed_check: bool = False
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What came out: the manifest and the self-check."""
+
+    manifest: Manifest
+    check: CheckReport
+
+
+def export_bundle(model: str, output: Path, options: ExportOptions, progress: Progress | None = None) -> ExportReport:
+    """Export a checkpoint to a bundle folder.
+
+    Args:
+        model: a Hugging Face folder, a hub id, or a GGUF file.
+        output: the bundle folder; must not exist unless `options.force`.
+
+    Raises:
+        ExportError: the checkpoint, the options or the disk don't allow it; nothing is left behind.
+        SelfCheckError: the graphs don't compute what the checkpoint does.
+    """
+    progress = progress or Silent()
+    _check_output(output, options.force)
+    checkpoint = open_checkpoint(model)
+    job = _Job(checkpoint, options, progress)
+    _check_room(checkpoint, job.precision, output)
+    with _temporary_sibling(output) as folder:
+        report = job.run(folder)
+        _move_into_place(folder, output)
+    return report
+
+
+class _Job:
+    """One export: the checked options and the steps over one folder."""
+
+    def __init__(self, checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> None:
+        config = checkpoint.config
+        self.checkpoint, self.options, self.progress = checkpoint, options, progress
+        self.precision = _precision(options.precision)
+        self.exit_layer = _exit_layer(options.exit_layer, config.num_hidden_layers)
+        self.draft: DraftChoice = parse_draft(options.draft, config.num_hidden_layers)
+        self.draft_checkpoint = open_checkpoint(self.draft.model) if self.draft.model else None
+        _positive("gamma", options.gamma, 64)
+        _positive("kappa", options.kappa, 64)
+        limit = int(getattr(config, "max_position_embeddings", 0) or 2**20)
+        self.max_length = min(options.max_length, limit)
+        _positive("max-length", self.max_length, 2**20)
+
+    def run(self, folder: Path) -> ExportReport:
+        (folder / "weights").mkdir()
+        tokenizer = self.checkpoint.write_tokenizer(folder)
+        tokens = self._tokens(folder, tokenizer)
+        self._check_draft_tokens(tokens)
+        file = WeightFile(folder / WEIGHT_FILE, WEIGHT_FILE, self.progress.advance)
+        binder = Binder(folder, self.checkpoint.weights, self.precision, file)
+        self.progress.start(f"trace {self.checkpoint.architecture}", None)
+        traced = trace(self.checkpoint.config, _TORCH_TYPES.get(self.precision, torch.float32))
+        self._save_source(folder, "target", traced, traced.parameters, binder)
+        draft = self._write_draft(folder, binder)
+        decoding = Decoding(self.exit_layer, self.options.gamma, self.options.kappa, self.max_length, self.options.prefill_chunk)
+        self.progress.start("cut", None)
+        segments = write_segments(folder, decoding)
+        facts = ModelFacts(
+            architecture=self.checkpoint.architecture,
+            model_type=self.checkpoint.config.model_type,
+            layers=traced.layers,
+            hidden_size=self.checkpoint.config.hidden_size,
+            vocab_size=self.checkpoint.config.vocab_size,
+            max_positions=_positions(self.checkpoint, self.max_length),
+            precision=self.precision.value,
+            fingerprint=self.checkpoint.fingerprint,
+        )
+        producer = Producer(__version__, self.checkpoint.name, " ".join(["mirror", *sys.argv[1:]]))
+        manifest = Manifest(SCHEMA_VERSION, producer, facts, decoding, tokens, draft, segments, self._files(folder))
+        write_manifest(folder, manifest)
+        self.progress.start("self-check", None)
+        report = check(folder, manifest, self.checkpoint)
+        report.raise_if_failed(allowed=self.options.allow_failed_check)
+        return ExportReport(manifest, report)
+
+    def _tokens(self, folder: Path, tokenizer: Path | None) -> Tokens:
+        config = self.checkpoint.config
+        pad = config.pad_token_id if isinstance(config.pad_token_id, int) and config.pad_token_id >= 0 else None
+        eos = eos_ids(self.checkpoint, folder)
+        return Tokens(config.bos_token_id, eos, pad, tokenizer_fingerprint(tokenizer))
+
+    def _check_draft_tokens(self, tokens: Tokens) -> None:
+        if self.draft_checkpoint is None:
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            found = tokenizer_fingerprint(self.draft_checkpoint.write_tokenizer(Path(scratch)))
+        check_same_tokens(self.checkpoint, self.draft_checkpoint, tokens.tokenizer_fingerprint, found)
+
+    def _write_draft(self, folder: Path, binder: Binder) -> DraftFacts | None:
+        choice, target = self.draft, self.checkpoint
+        if choice == DraftChoice():
+            return None
+        if choice.ngram:
+            return DraftFacts("ngram", "ngram", 0, target.config.vocab_size)
+        self.progress.start("trace draft", None)
+        dtype = _TORCH_TYPES.get(self.precision, torch.float32)
+        if self.draft_checkpoint is not None:
+            config = self.draft_checkpoint.config
+            traced = trace(config, dtype)
+            names: Mapping[str, tuple[str, ...]] = traced.parameters
+            binder = Binder(folder, self.draft_checkpoint.weights, self.precision, binder.file, "draft:")
+        else:
+            config = with_layers(target.config, choice.layers)
+            traced = trace(config, dtype)
+            names = take_layers(traced, choice.layers)
+        self._save_source(folder, "draft", traced, names, binder)
+        return DraftFacts("model", str(self.options.draft), traced.layers, config.vocab_size)
+
+    def _save_source(
+        self, folder: Path, name: str, traced: Traced, aliases: Mapping[str, tuple[str, ...]], binder: Binder
+    ) -> None:
+        model = normalize(traced, _positions(self.checkpoint, self.max_length))
+        self.progress.start(f"weights of the {name}", None)
+        binder.bind(model.graph, dict(aliases))
+        ir.save(model, folder / f"{name}.source.onnx")
+
+    def _files(self, folder: Path) -> dict[str, FileFacts]:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        self.progress.start("hash", sum(path.stat().st_size for path in paths))
+        files = {}
+        for path in paths:
+            size = path.stat().st_size
+            files[path.relative_to(folder).as_posix()] = FileFacts(size, file_sha256(path))
+            self.progress.advance(size)
+        return files
+
+
+def _positions(checkpoint: Checkpoint, max_length: int) -> int:
+    """Return how many positions the graphs know: their tables', or fewer where positions are learned."""
+    learned = int(getattr(checkpoint.config, "max_position_embeddings", 0) or 0)
+    rotary = getattr(checkpoint.config, "rope_parameters", None)
+    return max_length + POSITION_SLACK if rotary or not learned else learned
+
+
+def _precision(text: str) -> Precision:
+    try:
+        return Precision(text)
+    except ValueError:
+        names = ", ".join(precision.value for precision in Precision)
+        raise ExportError(f"precision {text} is not known; choose one of {names}") from None
+
+
+def _exit_layer(text: str, layers: int) -> int:
+    try:
+        return exit_layer_of(text, layers)
+    except ValueError as error:
+        raise ExportError(f"--exit-layer: {error}") from error
+
+
+def _positive(name: str, number: int, most: int) -> None:
+    if not 1 <= number <= most:
+        raise ExportError(f"--{name} is {number}; give 1..{most}")
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise ExportError(f"{output} exists; choose another folder or add --force to replace it")
+    if not output.absolute().parent.is_dir():
+        raise ExportError(f"{output.absolute().parent} does not exist; create it first")
+
+
+def _check_room(checkpoint: Checkpoint, precision: Precision, output: Path) -> None:
+    """Refuse when the converted weights can't fit on the disk."""
+    paths = [checkpoint.path] if checkpoint.is_gguf else list(checkpoint.path.glob("*.safetensors"))
+    stored = sum(path.stat().st_size for path in paths)
+    growth = {Precision.FP32: 2.0, Precision.INT8: 0.6, Precision.INT4: 0.35}.get(precision, 0.0)
+    needed = int(stored * (8 if checkpoint.is_gguf and precision is Precision.FP32 else growth))
+    free = shutil.disk_usage(output.absolute().parent).free
+    if needed > free:
+        raise ExportError(
+            f"the bundle may need {needed / 2**30:.1f} GiB at {output.absolute().parent}, which has {free / 2**30:.1f} GiB free; "
+            "make room or choose another folder"
+        )
+
+
+@contextmanager
+def _temporary_sibling(output: Path) -> Iterator[Path]:
+    """Yield a fresh folder beside `output`, on the same file system; it is removed whatever happens."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
+    try:
+        yield folder
+    except OSError as error:
+        raise ExportError(f"the bundle could not be written: {error}; nothing was left behind") from error
+    except MemoryError as error:
+        raise ExportError("not enough memory to convert the weights; nothing was left behind") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_into_place(folder: Path, output: Path) -> None:
+    folder.chmod(0o755)
+    if output.exists():
+        old = output.with_name(f".{output.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(output, old)
+        os.replace(folder, output)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(folder, output)
+

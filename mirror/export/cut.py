@@ -1,0 +1,192 @@
+"""The traced graphs -> the segments of a bundle, cut at the exit layer and lowered to both cache forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.convenience as ir_convenience
+
+from mirror.bundle import Form, LayerKV
+from mirror.export.emit import Emitter
+from mirror.export.lower import Lowering, finish
+from mirror.export.trace import DOMAIN
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One lowered graph of one segment."""
+
+    segment: str
+    form: Form
+    model: ir.Model
+    kv: tuple[LayerKV, ...]
+
+
+def cut_target(source: ir.Model, exit_layer: int, kappa: int) -> Iterator[Piece]:
+    """Yield the target's segments in both forms.
+
+    Args:
+        source: the normalised graph, `mirror::LayerOutput` markers in place; not changed.
+        exit_layer: layers of the prefix, 1..N-1.
+        kappa: candidates at each position; the exit head gives one more.
+    """
+    last = max(_layer_outputs(source.graph))
+    for form in Form:
+        prefix = _extract(source, ["input_ids", "position_ids"], _layer_outputs(source.graph)[exit_layer - 1])
+        yield _piece("target_prefix", form, prefix, "hidden_states")
+        suffix = _from_hidden(source, exit_layer - 1)
+        _keep_rows(suffix, last)
+        yield _piece("target_suffix", form, suffix, "logits", _as_float)
+        head = _from_hidden(source, last)
+        yield _piece("exit_head", form, head, None, lambda emit, logits: _candidates(emit, logits, kappa + 1))
+
+
+def whole_target(source: ir.Model) -> ir.Model:
+    """Return the uncut target in the in-place form, for comparison with the segments."""
+    graph = _extract(source, ["input_ids", "position_ids"], "logits")
+    return _piece("target", Form.INPLACE, graph, "logits", _as_float).model
+
+
+def cut_draft(source: ir.Model, kappa: int) -> Iterator[Piece]:
+    """Yield the draft's two graphs in both forms."""
+    for form in Form:
+        for segment, top in (("draft_trunk", kappa + 1), ("draft", 0)):
+            graph = _extract(source, ["input_ids", "position_ids"], "logits")
+
+            def end(emit: Emitter, logits: ir.Value, top: int = top, form: Form = form) -> list[ir.Value]:
+                return [*_token_ids(emit, logits, form), *(_candidates(emit, logits, top) if top else [])]
+
+            yield _piece(segment, form, graph, None, end, branches=True)
+
+
+def _piece(
+    segment: str,
+    form: Form,
+    graph: ir.Graph,
+    output_name: str | None,
+    end: Callable[[Emitter, ir.Value], list[ir.Value]] | None = None,
+    *,
+    branches: bool = False,
+) -> Piece:
+    result = graph.outputs[0]
+    if end is not None:
+        emit = Emitter(graph, graph.inputs[0])
+        outputs = end(emit, result)
+        if outputs != [result]:
+            graph.outputs.clear()
+            graph.outputs.extend(outputs)
+    if output_name is not None:
+        graph.outputs[0].name = output_name
+    kv = Lowering(graph, form, branches).run()
+    used = [value for value in graph.inputs if value.uses()]
+    model = finish(graph, segment)
+    _drop_unused_inputs(model.graph, used)
+    return Piece(segment, form, model, kv)
+
+
+def _drop_unused_inputs(graph: ir.Graph, candidates: list[ir.Value]) -> None:
+    kept = [value for value in candidates if value.uses() or value.is_graph_output()]
+    graph.inputs.clear()
+    graph.inputs.extend(kept)
+
+
+def _layer_outputs(graph: ir.Graph) -> dict[int, str]:
+    """Return the name of each layer's marked output."""
+    return {
+        node.attributes["layer"].as_int(): str(node.outputs[0].name)
+        for node in graph
+        if (node.domain, node.op_type) == (DOMAIN, "LayerOutput")
+    }
+
+
+def _extract(source: ir.Model, inputs: list[str], output: str) -> ir.Graph:
+    graph = ir_convenience.extract(source.graph, inputs, [output])
+    graph.opset_imports.update(source.graph.opset_imports)
+    return graph
+
+
+def _from_hidden(source: ir.Model, layer: int) -> ir.Graph:
+    """Return the part of the graph after a layer; its first input is `hidden_states`."""
+    boundary = _layer_outputs(source.graph)[layer]
+    graph = _extract(source, [boundary, "input_ids", "position_ids"], "logits")
+    graph.inputs[0].name = "hidden_states"
+    return graph
+
+
+def _keep_rows(graph: ir.Graph, last_layer: int) -> None:
+    """Compute what follows the last layer only for the rows in the input `logit_rows`."""
+    marker = next(
+        node
+        for node in graph
+        if (node.domain, node.op_type) == (DOMAIN, "LayerOutput") and node.attributes["layer"].as_int() == last_layer
+    )
+    hidden = marker.outputs[0]
+    uses = list(hidden.uses())
+    assert hidden.shape is not None
+    emit = Emitter(graph, graph.inputs[0], uses[0].node)
+    shape = ir.Shape([1, ir.SymbolicDim("rows"), hidden.shape[2]])
+    kept = emit.op("Gather", [hidden, emit.input("logit_rows")], {"axis": 1})
+    kept.type, kept.shape = hidden.type, shape
+    for use in uses:
+        use.node.replace_input_with(use.idx, kept)
+    for node in graph:
+        _rename_width(node, kept)
+
+
+def _rename_width(node: ir.Node, kept: ir.Value) -> None:
+    """Carry the `rows` dimension from the kept rows to what is computed from them."""
+    if not any(value is not None and value.shape is not None and "rows" in map(str, value.shape) for value in node.inputs):
+        return
+    if node is kept.producer():
+        return
+    for output in node.outputs:
+        if output.shape is not None:
+            output.shape = ir.Shape([ir.SymbolicDim("rows") if str(size) == "width" else size for size in output.shape])
+
+
+def _as_float(emit: Emitter, logits: ir.Value) -> list[ir.Value]:
+    return [logits if logits.dtype is ir.DataType.FLOAT else _named(emit.cast(logits, ir.DataType.FLOAT), "logits", logits)]
+
+
+def _named(value: ir.Value, name: str, like: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+    if like.name == name:
+        like.name = f"{name}_narrow"
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), like.shape
+    return value
+
+
+def _candidates(emit: Emitter, logits: ir.Value, top: int) -> list[ir.Value]:
+    """Return `candidate_ids` and `candidate_logprobs`, `[1, width, top]`."""
+    assert logits.shape is not None
+    if logits.dtype is not ir.DataType.FLOAT:
+        logits = emit.cast(logits, ir.DataType.FLOAT)
+    values, ids = emit.ops("TopK", [logits, emit.int64s(top)], {"axis": -1, "sorted": 1}, count=2)
+    total = emit.op("ReduceLogSumExp", [logits, emit.int64s(-1)], {"keepdims": 1})
+    logprobs = emit.op("Sub", [values, total])
+    shape = ir.Shape([1, ir.SymbolicDim("width"), top])
+    ids.name, ids.type, ids.shape = "candidate_ids", ir.TensorType(ir.DataType.INT64), shape
+    logprobs.name, logprobs.type, logprobs.shape = "candidate_logprobs", ir.TensorType(ir.DataType.FLOAT), shape
+    return [ids, logprobs]
+
+
+def _token_ids(emit: Emitter, logits: ir.Value, form: Form) -> list[ir.Value]:
+    ids = emit.op("ArgMax", [logits], {"axis": -1, "keepdims": 0})
+    ids.name, ids.type = "token_ids", ir.TensorType(ir.DataType.INT64)
+    ids.shape = ir.Shape([1, ir.SymbolicDim("width")])
+    return [ids]
+
+
+def exit_layer_of(text: str, layers: int) -> int:
+    """Return the exit layer that `--exit-layer` means: a number of layers, or a fraction of them.
+
+    Raises:
+        ValueError: it is neither, or leaves the prefix or the suffix without a layer.
+    """
+    number = float(text)
+    layer = int(text) if text.strip().isdigit() else int(np.floor(number * layers + 0.5))
+    if not 1 <= layer < layers:
+        raise ValueError(f"exit layer {text} of a model with {layers} layers; give 1..{layers - 1} or a fraction between")
+    return layer

@@ -1,0 +1,382 @@
+"""Abstract operators -> the operators of one cache form.
+
+`inplace` is for ONNX Runtime's CPU and CUDA providers: `GroupQueryAttention` over a shared past and
+present buffer, and the runtime's fused norms. `rows` is for OpenVINO and NPUs: plain operators, static
+shapes, the cache read-only and its new rows returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+
+from mirror.bundle import Form, LayerKV, kv_names
+from mirror.export.emit import Emitter
+from mirror.export.masks import Masks
+from mirror.export.normalize import replace
+from mirror.export.trace import DOMAIN, OPSET
+
+ORT = "com.microsoft"
+IR_VERSION = 10
+_HEADS_FIRST = (0, 2, 1, 3)
+
+
+@dataclass
+class Lowering:
+    """Lowers one segment's graph in place."""
+
+    graph: ir.Graph
+    form: Form
+    branches: bool
+    kv: list[LayerKV] = field(default_factory=list)
+
+    def run(self) -> tuple[LayerKV, ...]:
+        """Lower every abstract operator; return the caches that the segment now needs."""
+        emit = Emitter(self.graph, self.graph.inputs[0])
+        masks: Masks | None = None
+        for node in list(self.graph):
+            if node.domain != DOMAIN:
+                continue
+            emit.anchor = node
+            match node.op_type:
+                case "Linear":
+                    self._linear(emit, node)
+                case "RMSNorm":
+                    self._rms_norm(emit, node)
+                case "LayerOutput":
+                    marked = node.inputs[0]
+                    assert marked is not None
+                    replace(self.graph, node, marked)
+                case "Attention":
+                    masks = masks or self._masks(emit, node)
+                    self._attention(emit, node, masks)
+        for node in [node for node in self.graph if node.domain == DOMAIN]:
+            emit.anchor = node
+            self._rotary(emit, node)
+        return tuple(self.kv)
+
+    def _masks(self, emit: Emitter, first: ir.Node) -> Masks:
+        query = first.inputs[0]
+        assert query is not None and query.dtype is not None
+        at_end = Emitter(self.graph, emit.size_from)  # shared by layers; `finish` sorts them to the front
+        return Masks(at_end, self.form, self.branches, query.dtype)
+
+    # --- linear layers and norms ------------------------------------------------------------------
+
+    def _linear(self, emit: Emitter, node: ir.Node) -> None:
+        x, weight = node.inputs[0], node.inputs[1]
+        output = node.outputs[0]
+        if self.form is Form.INPLACE:
+            product = emit.op("FusedMatMul", [x, weight], {"transB": 1, "alpha": 1.0}, domain=ORT, like=output)
+        else:
+            product = emit.op("MatMul", [x, emit.op("Transpose", [weight], {"perm": [1, 0]})], like=output)
+        if len(node.inputs) > 2:
+            product = emit.op("Add", [product, node.inputs[2]], like=output)
+        replace(self.graph, node, product)
+
+    def _rms_norm(self, emit: Emitter, node: ir.Node) -> None:
+        x, weight = node.inputs
+        epsilon = node.attributes["epsilon"].as_float()
+        assert x is not None and weight is not None
+        if self.form is Form.INPLACE:
+            normed = self._fused_norm(emit, node, x, weight, epsilon)
+        else:
+            normed = _plain_norm(emit, x, weight, epsilon)
+        replace(self.graph, node, normed)
+
+    def _fused_norm(self, emit: Emitter, node: ir.Node, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Value:
+        add = x.producer()
+        if add is not None and add.op_type == "Add" and _same_shape(add) and not x.is_graph_output():
+            normed, _, _, total = emit.ops(
+                "SkipSimplifiedLayerNormalization",
+                [add.inputs[0], add.inputs[1], weight],
+                {"epsilon": epsilon},
+                domain=ORT,
+                count=4,
+                like=node.outputs[0],
+            )
+            replace(self.graph, add, _typed(total, x))
+            return normed
+        attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+        return emit.op("SimplifiedLayerNormalization", [x, weight], attributes, like=node.outputs[0])
+
+    # --- attention --------------------------------------------------------------------------------
+
+    def _attention(self, emit: Emitter, node: ir.Node, masks: Masks) -> None:
+        query, key, value = node.inputs
+        assert query is not None and key is not None and value is not None
+        layer = node.attributes["layer"].as_int()
+        heads, kv_heads = _dimension(query, 1), _dimension(key, 1)
+        head_dim = _dimension(query, 3)
+        assert query.dtype is not None
+        self.kv.append(LayerKV(layer, kv_heads, head_dim, _dtype_name(query.dtype)))
+        shape: tuple[int | str, ...] = (1, kv_heads, "capacity", head_dim)
+        past = [emit.declare(name, query.dtype, shape) for name in kv_names("past_key_values", layer)]
+        if self.form is Form.INPLACE:
+            output, present = self._grouped(emit, node, past, masks, heads, kv_heads)
+            present_shape = shape
+        else:
+            output, present = self._plain(emit, node, past, masks, heads, kv_heads)
+            present_shape = (1, kv_heads, "width", head_dim)
+        for name, new in zip(kv_names("present", layer), present, strict=True):
+            new.name = name
+            new.type, new.shape = ir.TensorType(query.dtype), ir.Shape(list(present_shape))
+            self.graph.outputs.append(new)
+        replace(self.graph, node, output)
+
+    def _grouped(
+        self, emit: Emitter, node: ir.Node, past: list[ir.Value], masks: Masks, heads: int, kv_heads: int
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        """`GroupQueryAttention`, with the rotary embedding inside where rows follow each other."""
+        query, key, value = node.inputs
+        assert query is not None and key is not None and value is not None
+        rotary = None if self.branches else _shared_rotary(query, key)
+        if rotary is not None:
+            query, key = query.producer().inputs[0], key.producer().inputs[0]  # type: ignore[union-attr]
+            assert query is not None and key is not None
+        flat = _packed(query, key, value) or [_flat(emit, part) for part in (query, key, value)]
+        mask = masks.get(node.attributes["window"].as_int())
+        window = node.attributes["window"].as_int()
+        tables = [rotary.inputs[1], rotary.inputs[2]] if rotary is not None else [None, None]
+        inputs = [*flat, *past, emit.input("seqlens_k"), emit.input("total_sequence_length"), *tables]
+        if mask is not None:
+            inputs += [None, mask]
+        attributes = {
+            "num_heads": heads,
+            "kv_num_heads": kv_heads,
+            "scale": node.attributes["scale"].as_float(),
+            "softcap": node.attributes["softcap"].as_float(),
+            "local_window_size": window if window and mask is None else -1,
+            "do_rotary": int(rotary is not None),
+            "rotary_interleaved": rotary.attributes["interleaved"].as_int() if rotary is not None else 0,
+        }
+        output, *present = emit.ops("GroupQueryAttention", inputs, attributes, domain=ORT, count=3)
+        output.type, output.shape = query.type, _flat_shape(node.outputs[0], 1, 2)
+        return self._unflatten(emit, node, output), present
+
+    def _unflatten(self, emit: Emitter, node: ir.Node, output: ir.Value) -> ir.Value:
+        """`[1, width, heads * head_dim]` -> `[1, width, heads, head_dim]`."""
+        shape = node.outputs[0].shape
+        assert shape is not None
+        return emit.op("Reshape", [output, emit.int64s(1, -1, int(shape[2]), int(shape[3]))], like=node.outputs[0])  # type: ignore[arg-type]
+
+    def _plain(
+        self, emit: Emitter, node: ir.Node, past: list[ir.Value], masks: Masks, heads: int, kv_heads: int
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        """Softmax(q k^T) v over the buffer and the new rows; heads of a group share one product."""
+        query, key, value = node.inputs
+        assert query is not None and key is not None and value is not None and key.dtype is not None
+        head_dim = _dimension(key, 3)
+        masks.capacity = masks.capacity or masks.emit.size(past[0], 2)
+        mask = masks.get(node.attributes["window"].as_int())
+        scale = emit.constant(f"scale_{node.attributes['scale'].as_float():.9g}", _scalar(node, "scale", key.dtype))
+        new = [emit.op("Identity", [part]) for part in (key, value)]
+        keys, values = (emit.op("Concat", [old, part], {"axis": 2}) for old, part in zip(past, (key, value), strict=True))
+        # Heads of one group lie together, so they fold into rows: [1, kv_heads, group * width, head_dim].
+        grouped = emit.reshape(emit.op("Mul", [query, scale]), 1, kv_heads, -1, head_dim)
+        scores = emit.op("MatMul", [grouped, emit.op("Transpose", [keys], {"perm": [0, 1, 3, 2]})])
+        scores = self._per_head(emit, scores, heads)
+        scores = self._softcap(emit, node, scores, key.dtype)
+        weights = emit.op("Softmax", [emit.op("Add", [scores, mask])], {"axis": -1})
+        weights = self._per_group(emit, weights, heads, kv_heads)
+        mixed = emit.reshape(emit.op("MatMul", [weights, values]), 1, heads, -1, _dimension(value, 3))
+        return emit.op("Transpose", [mixed], {"perm": list(_HEADS_FIRST)}, like=node.outputs[0]), new
+
+    def _per_head(self, emit: Emitter, scores: ir.Value, heads: int) -> ir.Value:
+        """`[1, kv_heads, group * width, keys]` -> `[1, heads, width, keys]`."""
+        keys = emit.cast(emit.size(scores, 3), ir.DataType.INT64)
+        return emit.op("Reshape", [scores, emit.op("Concat", [emit.int64s(1, heads, -1), keys], {"axis": 0})])
+
+    def _per_group(self, emit: Emitter, weights: ir.Value, heads: int, kv_heads: int) -> ir.Value:
+        """`[1, heads, width, keys]` -> `[1, kv_heads, group * width, keys]`."""
+        keys = emit.cast(emit.size(weights, 3), ir.DataType.INT64)
+        return emit.op("Reshape", [weights, emit.op("Concat", [emit.int64s(1, kv_heads, -1), keys], {"axis": 0})])
+
+    def _softcap(self, emit: Emitter, node: ir.Node, scores: ir.Value, dtype: ir.DataType) -> ir.Value:
+        if not node.attributes["softcap"].as_float():
+            return scores
+        cap = emit.constant(f"softcap_{node.attributes['softcap'].as_float():.9g}", _scalar(node, "softcap", dtype))
+        return emit.op("Mul", [emit.op("Tanh", [emit.op("Div", [scores, cap])]), cap])
+
+    # --- rotary embedding -------------------------------------------------------------------------
+
+    def _rotary(self, emit: Emitter, node: ir.Node) -> None:
+        x, cos, sin, positions = node.inputs
+        assert x is not None and cos is not None and sin is not None
+        interleaved = node.attributes["interleaved"].as_int()
+        if self.form is Form.INPLACE:
+            rotary_dim = 2 * _dimension(cos, 1)
+            partial = rotary_dim != _dimension(x, 3)
+            attributes = {"interleaved": interleaved, "num_heads": _dimension(x, 1) if partial else 0}
+            attributes["rotary_embedding_dim"] = rotary_dim if partial else 0
+            turned = emit.op("RotaryEmbedding", [x, positions, cos, sin], attributes, domain=ORT, like=node.outputs[0])
+        else:
+            turned = _plain_rotary(emit, x, cos, sin, positions, interleaved=bool(interleaved))
+        replace(self.graph, node, turned)
+
+
+def finish(graph: ir.Graph, name: str) -> ir.Model:
+    """Clean a lowered graph and return it as a model."""
+    graph.name = name
+    graph.opset_imports.clear()
+    graph.opset_imports.update({"": OPSET, ORT: 1})
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="mirror")
+    ir.passes.Sequential(
+        _FoldReshapes(),
+        ir_passes.RemoveUnusedNodesPass(),
+        ir_passes.TopologicalSortPass(),
+        ir_passes.CommonSubexpressionEliminationPass(),
+    )(model)
+    if not any(node.domain == ORT for node in model.graph):
+        del model.graph.opset_imports[ORT]
+    return model
+
+
+class _FoldReshapes(ir.passes.InPlacePass):
+    """Merge a Reshape of a Reshape into one, and drop those that change nothing."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        changed = False
+        for node in list(model.graph):
+            if (node.domain, node.op_type) != ("", "Reshape") or node.inputs[0] is None:
+                continue
+            before = node.inputs[0].producer()
+            if before is not None and before.op_type == "Reshape" and _constant_reshape(node):
+                node.replace_input_with(0, before.inputs[0])
+                changed = True
+            source = node.inputs[0]
+            same = source.shape is not None and source.shape == node.outputs[0].shape
+            if same and not node.outputs[0].is_graph_output():
+                replace(model.graph, node, source)
+                changed = True
+        return ir.passes.PassResult(model, changed)
+
+
+def _constant_reshape(node: ir.Node) -> bool:
+    shape = node.inputs[1].const_value if node.inputs[1] is not None else None
+    return shape is not None and 0 not in shape.numpy()
+
+
+def _plain_norm(emit: Emitter, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Value:
+    dtype = x.dtype
+    assert dtype is not None
+    wide = x if dtype is ir.DataType.FLOAT else emit.cast(x, ir.DataType.FLOAT)
+    square = emit.op("Mul", [wide, wide])
+    mean = emit.op("ReduceMean", [square, emit.int64s(-1)], {"keepdims": 1})
+    root = emit.op("Sqrt", [emit.op("Add", [mean, emit.constant(f"epsilon_{epsilon:.9g}", np.float32(epsilon).reshape(()))])])
+    normed = emit.op("Div", [wide, root])
+    if dtype is not ir.DataType.FLOAT:
+        normed = emit.cast(normed, dtype)
+    return emit.op("Mul", [normed, weight], like=x)
+
+
+def _plain_rotary(
+    emit: Emitter, x: ir.Value, cos: ir.Value, sin: ir.Value, positions: ir.Value | None, *, interleaved: bool
+) -> ir.Value:
+    """Rotate pairs of features; `x` is `[1, heads, width, head_dim]`."""
+    half, head_dim = _dimension(cos, 1), _dimension(x, 3)
+    tables = [
+        emit.op("Unsqueeze", [emit.op("Gather", [table, positions], {"axis": 0}), emit.int64s(1)]) for table in (cos, sin)
+    ]
+    turned, rest = x, None
+    if 2 * half != head_dim:
+        split = emit.constant(f"split_{2 * half}_{head_dim - 2 * half}", np.array([2 * half, head_dim - 2 * half], np.int64))
+        turned, rest = emit.ops("Split", [x, split], {"axis": 3}, count=2)
+    if interleaved:
+        starts = [emit.op("Slice", [turned, emit.int64s(s), emit.int64s(2 * half), emit.int64s(3), emit.int64s(2)]) for s in (0, 1)]
+    else:
+        starts = list(emit.ops("Split", [turned], {"axis": 3, "num_outputs": 2}, count=2))
+    first, second = starts
+    a = emit.op("Sub", [emit.op("Mul", [first, tables[0]]), emit.op("Mul", [second, tables[1]])])
+    b = emit.op("Add", [emit.op("Mul", [second, tables[0]]), emit.op("Mul", [first, tables[1]])])
+    if interleaved:
+        pair = [emit.op("Unsqueeze", [part, emit.int64s(4)]) for part in (a, b)]
+        heads = _dimension(x, 1)
+        joined = emit.reshape(emit.op("Concat", pair, {"axis": 4}), 1, heads, -1, 2 * half)
+    else:
+        joined = emit.op("Concat", [a, b], {"axis": 3})
+    return joined if rest is None else emit.op("Concat", [joined, rest], {"axis": 3})
+
+
+def _shared_rotary(query: ir.Value, key: ir.Value) -> ir.Node | None:
+    """Return the query's rotary node when the key is turned by the same tables."""
+    nodes = [value.producer() for value in (query, key)]
+    if any(node is None or (node.domain, node.op_type) != (DOMAIN, "Rotary") for node in nodes):
+        return None
+    first, second = nodes
+    assert first is not None and second is not None
+    if list(first.inputs[1:]) != list(second.inputs[1:]):
+        return None
+    # The operator's own rotary wants a whole head's tables in multiples of 16 features.
+    whole = first.inputs[1] is not None and 2 * _dimension(first.inputs[1], 1) == _dimension(query, 3)
+    return first if whole and _dimension(query, 3) % 16 == 0 else None
+
+
+def _packed(query: ir.Value, key: ir.Value, value: ir.Value) -> list[ir.Value | None] | None:
+    """Return one packed value for q, k and v when they are the three parts of one Split, in order."""
+    parts = [_before_heads(part) for part in (query, key, value)]
+    splits = {part.producer() for part in parts if part is not None}
+    split = splits.pop() if len(splits) == 1 else None
+    if split is None or split.op_type != "Split" or list(split.outputs) != parts:
+        return None
+    return [split.inputs[0], None, None]
+
+
+def _before_heads(value: ir.Value) -> ir.Value | None:
+    """`[1, heads, width, head_dim]` <- Transpose <- Reshape <- the returned `[1, width, features]`."""
+    transpose = value.producer()
+    if transpose is None or transpose.op_type != "Transpose":
+        return None
+    reshape = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
+    if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
+        return None
+    shape = reshape.inputs[0].shape
+    return reshape.inputs[0] if shape is not None and len(shape) == 3 else None
+
+
+def _flat(emit: Emitter, value: ir.Value) -> ir.Value:
+    """`[1, heads, width, head_dim]` -> `[1, width, heads * head_dim]`."""
+    features = _dimension(value, 1) * _dimension(value, 3)
+    transpose = value.producer()
+    source = transpose.inputs[0] if transpose is not None and transpose.op_type == "Transpose" else None
+    if source is None or tuple(transpose.attributes["perm"].as_ints()) != _HEADS_FIRST:  # type: ignore[union-attr]
+        source = emit.op("Transpose", [value], {"perm": list(_HEADS_FIRST)})
+    flat = emit.reshape(source, 1, -1, features)
+    flat.type, flat.shape = value.type, _flat_shape(value, 2, 1)
+    return flat
+
+
+def _flat_shape(value: ir.Value, width_axis: int, heads_axis: int) -> ir.Shape:
+    """Return `[1, width, heads * head_dim]` for a value that has heads in a dimension of their own."""
+    assert value.shape is not None
+    return ir.Shape([1, value.shape[width_axis], _dimension(value, heads_axis) * _dimension(value, 3)])
+
+
+def _typed(value: ir.Value, like: ir.Value) -> ir.Value:
+    value.type, value.shape = like.type, like.shape
+    return value
+
+
+def _same_shape(add: ir.Node) -> bool:
+    first, second = add.inputs
+    if first is None or second is None or first.shape is None or second.shape is None:
+        return False
+    return first.shape == second.shape and len(first.shape) == 3
+
+
+def _dimension(value: ir.Value, axis: int) -> int:
+    assert value.shape is not None
+    size = value.shape[axis]
+    assert isinstance(size, int)
+    return size
+
+
+def _scalar(node: ir.Node, attribute: str, dtype: ir.DataType) -> np.ndarray:
+    return np.array(node.attributes[attribute].as_float(), dtype.numpy())
+
+
+def _dtype_name(dtype: ir.DataType) -> str:
+    return str(dtype.numpy())

@@ -1,0 +1,133 @@
+"""`mirror recut`: another exit layer, kappa or gamma for a bundle, without tracing or copying weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mirror.bundle import (
+    MANIFEST_NAME,
+    Decoding,
+    FileFacts,
+    Form,
+    Graph,
+    LayerKV,
+    Manifest,
+    Segment,
+    TensorSpec,
+    check_files,
+    file_sha256,
+    read_manifest,
+    write_manifest,
+)
+from mirror.errors import ExportError
+from mirror.export.cut import Piece, cut_draft, cut_target, exit_layer_of
+
+_SYMBOLS = {"width", "capacity", "rows"}
+
+
+def recut_bundle(
+    bundle: Path, *, exit_layer: str | None = None, gamma: int | None = None, kappa: int | None = None, output: Path | None = None
+) -> Manifest:
+    """Cut a bundle anew; in place, or into `output`, which shares the weights by hard links.
+
+    Raises:
+        BundleError: the bundle is not whole.
+        ExportError: a value is out of range, or `output` exists.
+    """
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    decoding = _decoding(manifest, exit_layer, gamma, kappa)
+    place = output or bundle
+    if output is not None and output.exists():
+        raise ExportError(f"{output} exists; choose another folder")
+    folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.absolute().parent))
+    try:
+        _share(bundle, folder, manifest)
+        segments = write_segments(folder, decoding)
+        files = {name: facts for name, facts in manifest.files.items() if not _is_segment(name)}
+        for path in sorted(folder.glob("*.onnx")):
+            if _is_segment(path.name):
+                files[path.name] = FileFacts(path.stat().st_size, file_sha256(path))
+        renewed = dataclasses.replace(manifest, decoding=decoding, segments=segments, files=files)
+        write_manifest(folder, renewed)
+        _replace_folder(folder, place)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return renewed
+
+
+def write_segments(folder: Path, decoding: Decoding) -> dict[str, Segment]:
+    """Cut and lower the source graphs of a folder; write every segment's files and return their records."""
+    pieces = list(cut_target(ir.load(folder / "target.source.onnx"), decoding.exit_layer, decoding.kappa))
+    if (folder / "draft.source.onnx").is_file():
+        pieces += cut_draft(ir.load(folder / "draft.source.onnx"), decoding.kappa)
+    graphs: dict[str, dict[Form, Graph]] = {}
+    caches: dict[str, tuple[LayerKV, ...]] = {}
+    for piece in pieces:
+        graphs.setdefault(piece.segment, {})[piece.form] = _save(folder, piece)
+        caches[piece.segment] = piece.kv
+    return {name: Segment(name, caches[name], forms) for name, forms in graphs.items()}
+
+
+def _save(folder: Path, piece: Piece) -> Graph:
+    name = f"{piece.segment}.onnx" if piece.form is Form.INPLACE else f"{piece.segment}.rows.onnx"
+    ir.save(piece.model, folder / name)
+    graph = piece.model.graph
+    return Graph(name, _specs(list(graph.inputs)), _specs(list(graph.outputs)))
+
+
+def _specs(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
+    return tuple(_spec(value) for value in values)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    unknown = [size for size in shape if isinstance(size, str) and size not in _SYMBOLS]
+    if unknown:
+        raise ExportError(f"graph tensor {value.name} has an unknown dimension {unknown[0]}; this model can't be exported")
+    return TensorSpec(value.name, str(value.dtype.numpy()), shape)
+
+
+def _decoding(manifest: Manifest, exit_layer: str | None, gamma: int | None, kappa: int | None) -> Decoding:
+    old = manifest.decoding
+    for name, number in (("gamma", gamma), ("kappa", kappa)):
+        if number is not None and not 1 <= number <= 64:
+            raise ExportError(f"--{name} is {number}; give 1..64")
+    try:
+        layer = old.exit_layer if exit_layer is None else exit_layer_of(exit_layer, manifest.model.layers)
+    except ValueError as error:
+        raise ExportError(f"--exit-layer: {error}") from error
+    return dataclasses.replace(old, exit_layer=layer, gamma=gamma or old.gamma, kappa=kappa or old.kappa)
+
+
+def _is_segment(name: str) -> bool:
+    return name.endswith(".onnx") and not name.endswith(".source.onnx")
+
+
+def _share(bundle: Path, folder: Path, manifest: Manifest) -> None:
+    for name in manifest.files:
+        if _is_segment(name):
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(bundle / name, folder / name)
+        except OSError:
+            shutil.copyfile(bundle / name, folder / name)
+
+
+def _replace_folder(folder: Path, place: Path) -> None:
+    folder.chmod(0o755)
+    if not place.exists():
+        os.replace(folder, place)
+        return
+    # In place only the graphs and the manifest change; the manifest goes last.
+    names = sorted(path.name for path in folder.glob("*.onnx") if _is_segment(path.name))
+    for name in [*names, MANIFEST_NAME]:
+        os.replace(folder / name, place / name)

@@ -1,0 +1,105 @@
+"""What the engine asks of a device. Each kind of device is one module beside this one.
+
+A device loads segments and makes KV caches. It never looks at another device, and it never falls
+back: a device that isn't there raises `DeviceError` naming what was found and what to install.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mirror.bundle import Form, LayerKV, Segment
+
+Array = NDArray[Any]
+
+
+class DeviceTensor(Protocol):
+    """A tensor that may live on a device; only a segment on the same device can take it as it is."""
+
+    def numpy(self) -> Array:
+        """Return the values in host memory, waiting for them if need be."""
+        ...
+
+
+Tensor = Array | DeviceTensor
+
+
+def to_host(tensor: Tensor) -> Array:
+    """Return a tensor's values in host memory."""
+    return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+
+
+class KVCache(Protocol):
+    """The key and value buffers of some layers on one device, `[1, heads, capacity, head_dim]` each."""
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots."""
+        ...
+
+
+class LoadedSegment(Protocol):
+    """One graph, loaded on one device."""
+
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """The widths that `run` takes, ascending; None when it takes any."""
+        ...
+
+    @property
+    def input_names(self) -> frozenset[str]:
+        """The catalogue inputs (`bundle.INPUT_NAMES`) that the graph declares; `run` ignores others."""
+        ...
+
+    def run(self, feeds: Mapping[str, Tensor], cache: KVCache | None, past_length: int) -> Mapping[str, Tensor]:
+        """Run one pass and write its new KV rows to slots `past_length..` of the cache.
+
+        Args:
+            feeds: catalogue inputs by name, with the dtypes and shapes of `bundle.INPUT_NAMES`.
+                Copied or consumed before this returns.
+            cache: the segment's cache, made by the same device; None for a segment without one.
+            past_length: filled slots before this pass, in slots.
+
+        Returns:
+            The graph's outputs by name, without the `present` ones. They are owned by the segment
+            and stay valid until its next run at the same width.
+        """
+        ...
+
+
+class Device(Protocol):
+    """One device of this machine."""
+
+    @property
+    def name(self) -> str:
+        """As the user writes it: `cpu`, `cuda:0`, `openvino:CPU`."""
+        ...
+
+    @property
+    def form(self) -> Form:
+        """The cache form of the graphs that this device takes."""
+        ...
+
+    def load_segment(
+        self, folder: Path, segment: Segment, *, capacity: int, widths: Sequence[int], threads: int
+    ) -> LoadedSegment:
+        """Load a segment of the bundle at `folder`.
+
+        Args:
+            capacity: slots of the cache it will run with.
+            widths: the widths it will be asked for; a device that compiles ahead compiles these.
+            threads: CPU threads it may use; meaningless on other devices.
+
+        Raises:
+            DeviceError: the device can't take this segment.
+        """
+        ...
+
+    def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> KVCache:
+        """Return a zeroed cache for these layers."""
+        ...
