@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from mirror.errors import ExportError
+from mirror.export.normalize import insert_before, replace
+from mirror.export.pack import Parts, pack_attention, single_parts
+from mirror.export.quantize import ORT, Quantised, Quantiser, gather_attributes, is_quantisable, matmul_attributes
+from mirror.export.trace import DOMAIN, Aliases
 from mirror.export.weights import WeightFile, WeightSource
 
 INLINE_BYTES = 1024
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class Precision(Enum):
@@ -53,74 +57,147 @@ class Binder:
     scope: str = ""  # keeps the tensors of two checkpoints apart in the file
     linked: dict[Path, str] = field(default_factory=dict)
 
-    def bind(self, graph: ir.Graph, aliases: dict[str, tuple[str, ...]]) -> None:
-        """Point every unbound parameter of the graph at its bytes.
-
-        Args:
-            aliases: the names that each initializer may have in the checkpoint.
-
-        Raises:
-            ExportError: the checkpoint lacks a tensor, or has it in another shape.
-        """
-        for name, names in aliases.items():
-            value = graph.initializers.get(name)
-            if value is not None and value.const_value is None:
-                self._set(value, self.float_tensor(names, value))
-        for value in list(graph.initializers.values()):
-            self._externalise(value)
-
     @property
     def dtype(self) -> ir.DataType:
         """The float type of the bundle."""
         return self.precision.float_type
 
-    def float_tensor(self, names: tuple[str, ...], value: ir.Value) -> ir.ExternalTensor:
-        """Return a reference to a parameter's bytes in the bundle's float type."""
-        tensor = self.find(names, value)
-        if isinstance(tensor, ir.ExternalTensor) and tensor.dtype == self.dtype:
-            return self._linked(tensor)
-        key = f"{self.scope}{tensor.name}:{self.dtype.name}"
-        return self.file.store(key, self.dtype, [int(size) for size in tensor.shape], lambda: self._converted(tensor))
+    def bind(self, graph: ir.Graph, parameters: Mapping[str, Aliases]) -> None:
+        """Point every parameter of the graph at its bytes.
 
-    def find(self, names: tuple[str, ...], value: ir.Value) -> ir.TensorProtocol:
-        """Return a parameter's checkpoint tensor, its shape checked."""
+        Args:
+            parameters: the names that each initializer may have in the checkpoint.
+
+        Raises:
+            ExportError: the checkpoint lacks a tensor, or has it in another shape.
+        """
+        parts = single_parts({name: names for name, names in parameters.items() if name in graph.initializers})
+        if self._writes(graph, parts):
+            parts = pack_attention(graph, parts)
+        if self.precision.bits is not None:
+            self._quantise(graph, parts, Quantiser(self.precision.bits, self.file))
+        for name, pieces in parts.items():
+            value = graph.initializers[name]
+            if list(value.uses()):
+                self._set(value, self._float_tensor(pieces, value))
+            else:
+                del graph.initializers[name]
+        for value in list(graph.initializers.values()):
+            self._externalise(value)
+
+    def _writes(self, graph: ir.Graph, parts: Mapping[str, Parts]) -> bool:
+        """Whether weights are converted; then it costs nothing to lay them out anew."""
+        if self.precision.bits is not None:
+            return True
+        largest = max(parts, key=lambda name: int(np.prod(graph.initializers[name].shape or [0])))  # type: ignore[arg-type]
+        tensor = self._find(parts[largest][0])
+        return not (isinstance(tensor, ir.ExternalTensor) and tensor.dtype == self.dtype)
+
+    # --- floating point ---------------------------------------------------------------------------
+
+    def _float_tensor(self, pieces: Parts, value: ir.Value) -> ir.ExternalTensor:
+        """Return a reference to a parameter's bytes in the bundle's float type."""
+        self._check_shape(pieces, value)
+        tensor = self._find(pieces[0])
+        if len(pieces) == 1 and isinstance(tensor, ir.ExternalTensor) and tensor.dtype == self.dtype:
+            return self._linked(tensor)
+        key = f"{self._key(pieces)}:{self.dtype.name}"
+        return self.file.store(key, self.dtype, _shape(value), lambda: self._array(pieces, self.dtype))
+
+    def _key(self, pieces: Parts) -> str:
+        return self.scope + "+".join(str(self._find(piece).name) for piece in pieces)
+
+    def _array(self, pieces: Parts, dtype: ir.DataType) -> NDArray[np.generic]:
+        return np.concatenate([self._find(piece).numpy().astype(dtype.numpy(), copy=False) for piece in pieces])
+
+    def _find(self, names: Aliases) -> ir.TensorProtocol:
         tensor = self.source.find(names)
         if tensor is None:
             raise ExportError(f"the checkpoint has no tensor {names[0]}; it is incomplete or of another architecture")
-        assert value.shape is not None
-        found, expected = [int(size) for size in tensor.shape], [int(size) for size in value.shape]  # type: ignore[arg-type, call-overload]
-        if found != expected:
-            raise ExportError(f"tensor {names[0]} has shape {found}, config.json means {expected}; they do not belong together")
         return tensor
 
-    def _converted(self, tensor: ir.TensorProtocol) -> np.ndarray:
-        return tensor.numpy().astype(self.dtype.numpy())
+    def _check_shape(self, pieces: Parts, value: ir.Value) -> None:
+        shapes = [[int(size) for size in self._find(piece).shape] for piece in pieces]  # type: ignore[arg-type, call-overload]
+        found = [sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else []
+        if found != _shape(value):
+            raise ExportError(
+                f"tensor {pieces[0][0]} has shape {found}, config.json means {_shape(value)}; they do not belong together"
+            )
 
     def _linked(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
         path = Path(tensor.base_dir) / tensor.location
         if path not in self.linked:
-            self.linked[path] = link_weights(path, self.folder / "weights", self.scope.replace(":", "-") + path.name)
+            name = self.scope.replace(":", "-") + path.name
+            link_weights(path, self.folder / "weights", name)
+            self.linked[path] = name
         return ir.ExternalTensor(
             f"weights/{self.linked[path]}", tensor.offset, tensor.length, tensor.dtype,
             shape=ir.Shape(list(tensor.shape)), name=str(tensor.name), base_dir=self.folder,
         )  # fmt: skip
 
+    # --- quantised --------------------------------------------------------------------------------
+
+    def _quantise(self, graph: ir.Graph, parts: Mapping[str, Parts], quantiser: Quantiser) -> None:
+        """Turn linear layers into `MatMulNBits`, and embeddings tied to one into `GatherBlockQuantized`."""
+        known: dict[str, Quantised] = {}
+        for node in list(graph):
+            weight = node.inputs[1] if (node.domain, node.op_type) == (DOMAIN, "Linear") else None
+            if weight is None or weight.name not in parts or not is_quantisable(str(weight.name)):
+                continue
+            pieces = parts[str(weight.name)]
+            self._check_shape(pieces, weight)
+            rows, columns = _shape(weight)
+            key = self._key(pieces)
+            known[key] = quantiser.quantise(key, (rows, columns), lambda p=pieces: self._array(p, ir.DataType.FLOAT))  # type: ignore[misc]
+            self._use_quantised(graph, node, known[key])
+        for node in list(graph):
+            table = node.inputs[0] if node.op_type == "Gather" else None
+            if table is not None and table.name in parts and self._key(parts[table.name]) in known:
+                self._gather_quantised(graph, node, known[self._key(parts[table.name])])
+
+    def _use_quantised(self, graph: ir.Graph, node: ir.Node, weight: Quantised) -> None:
+        inputs = [node.inputs[0], self._tensor(graph, weight.blocks), self._tensor(graph, weight.scales)]
+        output = node.outputs[0]
+        product = insert_before(
+            graph, node, "MatMulNBits", inputs, domain=ORT, attributes=matmul_attributes(weight), like=output
+        )
+        if len(node.inputs) > 2:
+            product = insert_before(graph, node, "Add", [product, node.inputs[2]], like=output)
+        replace(graph, node, product)
+
+    def _gather_quantised(self, graph: ir.Graph, node: ir.Node, weight: Quantised) -> None:
+        flat = [weight.rows, int(np.prod(list(weight.blocks.shape)[1:]))]  # type: ignore[arg-type]
+        data = self.file.store(str(weight.blocks.name), ir.DataType.UINT8, flat, lambda: np.zeros(0, np.uint8))
+        inputs = [self._tensor(graph, data, "flat"), node.inputs[1], self._tensor(graph, weight.scales)]
+        row = insert_before(
+            graph, node, "GatherBlockQuantized", inputs, domain=ORT, attributes=gather_attributes(weight), like=node.outputs[0]
+        )
+        replace(graph, node, row)
+
+    def _tensor(self, graph: ir.Graph, tensor: ir.ExternalTensor, suffix: str = "") -> ir.Value:
+        name = f"{tensor.name}{suffix}"
+        if name not in graph.initializers:
+            graph.initializers[name] = ir.Value(name=name)
+            self._set(graph.initializers[name], tensor)
+        return graph.initializers[name]
+
+    # --- everything else --------------------------------------------------------------------------
+
     def _externalise(self, value: ir.Value) -> None:
+        """Move a larger buffer (a rotary table, say) out of the graph, in the bundle's float type."""
         tensor = value.const_value
         if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < INLINE_BYTES:
             return
         data = tensor.numpy()
-        if data.dtype == np.float32 and value.dtype is not ir.DataType.FLOAT:
-            data = data.astype(self.dtype.numpy())
-        key = f"{value.name}:{hash(data.tobytes())}"
-        self._set(value, self.file.store(key, tensor.dtype, [int(size) for size in tensor.shape], lambda: data))
+        key = f"{self.scope}{value.name}:{hash(data.tobytes())}"
+        self._set(value, self.file.store(key, tensor.dtype, [int(size) for size in data.shape], lambda: data))
 
     def _set(self, value: ir.Value, tensor: ir.ExternalTensor) -> None:
         value.const_value = tensor
         value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(list(tensor.shape))
 
 
-def link_weights(path: Path, folder: Path, name: str) -> str:
+def link_weights(path: Path, folder: Path, name: str) -> None:
     """Make a checkpoint file part of the bundle under a name, without copying it where the file system can.
 
     A runtime reads only what lies inside the bundle, so symbolic links don't serve. A hard link does;
@@ -128,9 +205,12 @@ def link_weights(path: Path, folder: Path, name: str) -> str:
     """
     folder.mkdir(exist_ok=True)
     real = path.resolve()
-    link = folder / name
     try:
-        os.link(real, link)
+        os.link(real, folder / name)
     except OSError:
-        shutil.copyfile(real, link)
-    return name
+        shutil.copyfile(real, folder / name)
+
+
+def _shape(value: ir.Value) -> list[int]:
+    assert value.shape is not None
+    return [int(size) for size in value.shape]  # type: ignore[arg-type, call-overload]

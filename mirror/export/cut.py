@@ -44,10 +44,17 @@ def cut_target(source: ir.Model, exit_layer: int, kappa: int) -> Iterator[Piece]
         yield _piece("exit_head", form, head, None, lambda emit, logits: _candidates(emit, logits, kappa + 1))
 
 
-def whole_target(source: ir.Model) -> ir.Model:
-    """Return the uncut target in the in-place form, for comparison with the segments."""
+def whole_target(source: ir.Model, exit_layer: int) -> ir.Model:
+    """Return the uncut target in the in-place form, for comparison with the segments.
+
+    The exit layer's state is an output, so that the same operators are fused as in the segments:
+    quantised activations would make much of a last-bit difference.
+    """
     graph = _extract(source, ["input_ids", "position_ids"], "logits")
-    return _piece("target", Form.INPLACE, graph, "logits", _as_float).model
+    marker = next(node for node in graph if _is_layer_output(node, exit_layer - 1))
+    marker.outputs[0].name = "hidden_states"
+    graph.outputs.append(marker.outputs[0])
+    return _piece("target", Form.INPLACE, graph, "logits").model
 
 
 def cut_draft(source: ir.Model, kappa: int) -> Iterator[Piece]:
@@ -57,7 +64,10 @@ def cut_draft(source: ir.Model, kappa: int) -> Iterator[Piece]:
             graph = _extract(source, ["input_ids", "position_ids"], "logits")
 
             def end(emit: Emitter, logits: ir.Value, top: int = top, form: Form = form) -> list[ir.Value]:
-                return [*_token_ids(emit, logits, form), *(_candidates(emit, logits, top) if top else [])]
+                if not top:
+                    return [_token_ids(emit, logits, form)]
+                candidates = _candidates(emit, logits, top)
+                return [_first_candidate(emit, candidates[0]), *candidates]
 
             yield _piece(segment, form, graph, None, end, branches=True)
 
@@ -102,6 +112,10 @@ def _layer_outputs(graph: ir.Graph) -> dict[int, str]:
     }
 
 
+def _is_layer_output(node: ir.Node, layer: int) -> bool:
+    return (node.domain, node.op_type) == (DOMAIN, "LayerOutput") and node.attributes["layer"].as_int() == layer
+
+
 def _extract(source: ir.Model, inputs: list[str], output: str) -> ir.Graph:
     graph = ir_convenience.extract(source.graph, inputs, [output])
     graph.opset_imports.update(source.graph.opset_imports)
@@ -118,11 +132,7 @@ def _from_hidden(source: ir.Model, layer: int) -> ir.Graph:
 
 def _keep_rows(graph: ir.Graph, last_layer: int) -> None:
     """Compute what follows the last layer only for the rows in the input `logit_rows`."""
-    marker = next(
-        node
-        for node in graph
-        if (node.domain, node.op_type) == (DOMAIN, "LayerOutput") and node.attributes["layer"].as_int() == last_layer
-    )
+    marker = next(node for node in graph if _is_layer_output(node, last_layer))
     hidden = marker.outputs[0]
     uses = list(hidden.uses())
     assert hidden.shape is not None
@@ -172,11 +182,28 @@ def _candidates(emit: Emitter, logits: ir.Value, top: int) -> list[ir.Value]:
     return [ids, logprobs]
 
 
-def _token_ids(emit: Emitter, logits: ir.Value, form: Form) -> list[ir.Value]:
-    ids = emit.op("ArgMax", [logits], {"axis": -1, "keepdims": 0})
+def _token_ids(emit: Emitter, logits: ir.Value, form: Form) -> ir.Value:
+    """Return the likeliest token of each row, the lowest id on ties."""
+    if form is Form.INPLACE:
+        return _as_token_ids(emit.op("ArgMax", [logits], {"axis": -1, "keepdims": 0}))
+    # OpenVINO's CPU device makes a slow full TopK of an ArgMax; this form costs as much as the logits alone.
+    assert logits.shape is not None
+    vocab = int(logits.shape[2])  # type: ignore[arg-type]
+    top = emit.op("ReduceMax", [logits, emit.int64s(-1)], {"keepdims": 1})
+    ids = emit.constant("vocabulary_ids", np.arange(vocab, dtype=np.int32))
+    found = emit.op("Where", [emit.op("GreaterOrEqual", [logits, top]), ids, emit.int32(vocab - 1)])
+    first = emit.op("ReduceMin", [found, emit.int64s(-1)], {"keepdims": 0})
+    return _as_token_ids(emit.cast(first, ir.DataType.INT64))
+
+
+def _first_candidate(emit: Emitter, candidate_ids: ir.Value) -> ir.Value:
+    return _as_token_ids(emit.op("Gather", [candidate_ids, emit.constant("first", np.array(0, np.int64))], {"axis": 2}))
+
+
+def _as_token_ids(ids: ir.Value) -> ir.Value:
     ids.name, ids.type = "token_ids", ir.TensorType(ir.DataType.INT64)
     ids.shape = ir.Shape([1, ir.SymbolicDim("width")])
-    return [ids]
+    return ids
 
 
 def exit_layer_of(text: str, layers: int) -> int:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from mirror.errors import ExportError
 from mirror.export.checkpoint import Checkpoint
-from mirror.export.trace import Traced
+from mirror.export.trace import Aliases, Traced
 
 _LAYER_INDEX = re.compile(r"^(.*?\.(?:layers|h|blocks)\.)(\d+)(\..*)$")
 
@@ -56,7 +56,7 @@ def with_layers(config: PretrainedConfig, layers: tuple[int, ...]) -> Pretrained
     return config
 
 
-def take_layers(traced: Traced, layers: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
+def take_layers(traced: Traced, layers: tuple[int, ...]) -> dict[str, Aliases]:
     """Return a traced draft's tensor names, its layer i standing for the target's `layers[i]`."""
 
     def target_name(name: str) -> str:

@@ -13,7 +13,7 @@ import onnx_ir.convenience as ir_convenience
 import onnx_ir.passes.common as ir_passes
 import onnxruntime as ort
 
-from mirror.export.trace import DOMAIN, Traced
+from mirror.export.trace import DOMAIN, Aliases, Traced
 
 WIDTH = "width"
 
@@ -96,7 +96,7 @@ def _constant_shapes(graph: ir.Graph) -> None:
         node.replace_input_with(1, int64s(graph, *sizes))
 
 
-def _linear_layers(graph: ir.Graph, parameters: dict[str, tuple[str, ...]]) -> None:
+def _linear_layers(graph: ir.Graph, parameters: dict[str, Aliases]) -> None:
     for node in list(graph):
         if (node.domain, node.op_type) != ("", "MatMul"):
             continue
@@ -113,11 +113,11 @@ def _linear_layers(graph: ir.Graph, parameters: dict[str, tuple[str, ...]]) -> N
             graph.remove(node, safe=True)
 
 
-def _is_weight(value: ir.Value | None, parameters: dict[str, tuple[str, ...]]) -> bool:
+def _is_weight(value: ir.Value | None, parameters: dict[str, Aliases]) -> bool:
     return value is not None and value.name in parameters
 
 
-def _bias_add(node: ir.Node, parameters: dict[str, tuple[str, ...]]) -> tuple[ir.Node, ir.Value] | None:
+def _bias_add(node: ir.Node, parameters: dict[str, Aliases]) -> tuple[ir.Node, ir.Value] | None:
     """Return the Add that gives a MatMul its bias, and the bias."""
     uses = list(node.outputs[0].uses())
     if len(uses) != 1 or uses[0].node.op_type != "Add" or node.outputs[0].is_graph_output():

@@ -138,7 +138,7 @@ def _through_split(folder: Path, manifest: Manifest, prompt: list[int]) -> Path3
 
 
 def _through_whole(folder: Path, manifest: Manifest, prompt: list[int], follow: list[int]) -> Logits:
-    model = whole_target(ir.load(folder / "target.source.onnx"))
+    model = whole_target(ir.load(folder / "target.source.onnx"), manifest.decoding.exit_layer)
     path = folder / ".whole.onnx"
     ir.save(model, path)
     try:

@@ -34,6 +34,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from mirror.errors import ExportError
 
 DOMAIN = "mirror"
+Aliases = tuple[str, ...]
 OPSET = 21
 _IMPLEMENTATION = "mirror"
 _TRACE_WIDTH = 5  # any width but 1, which torch.export would take for a constant
@@ -49,7 +50,7 @@ class Traced:
     """
 
     model: ir.Model
-    parameters: dict[str, tuple[str, ...]]
+    parameters: dict[str, Aliases]
     layers: int
 
 
@@ -169,7 +170,7 @@ def _traced(model: ir.Model, module: torch.nn.Module, layers: torch.nn.ModuleLis
     return Traced(model, _parameters(model, module), len(layers))
 
 
-def _parameters(model: ir.Model, module: torch.nn.Module) -> dict[str, tuple[str, ...]]:
+def _parameters(model: ir.Model, module: torch.nn.Module) -> dict[str, Aliases]:
     """Return each parameter initializer's checkpoint names, and take its stand-in data away."""
     aliases: dict[int, list[str]] = {}
     owner: dict[str, int] = {}

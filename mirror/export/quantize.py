@@ -1,0 +1,95 @@
+"""Weight-only quantisation of linear layers, by ONNX Runtime's own block quantiser.
+
+Blocks of 32 along the input, symmetric, activations rounded to 8 bits inside the operator
+(`accuracy_level` 4): the layout that ONNX Runtime's fast CPU and CUDA kernels take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+
+from mirror.export.weights import WeightFile
+
+BLOCK = 32
+ACCURACY_LEVEL = 4
+ORT = "com.microsoft"
+# Routers pick experts by small differences; they stay in floating point.
+_KEPT = (".gate.weight", ".router.weight", "router.classifier.weight")
+
+
+def is_quantisable(name: str) -> bool:
+    """Whether a linear layer's weight, named as in the checkpoint, is to be quantised."""
+    return not name.endswith(_KEPT)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The two tensors of a quantised weight, in the bundle's file.
+
+    `blocks` is uint8 `[out, in / 32, 32 * bits / 8]`, `scales` float32 `[out, in / 32]`.
+    """
+
+    blocks: ir.ExternalTensor
+    scales: ir.ExternalTensor
+    bits: int
+    rows: int
+    columns: int
+
+
+@dataclass
+class Quantiser:
+    """Quantises weights into a file; each key once."""
+
+    bits: int
+    file: WeightFile
+
+    def quantise(self, key: str, shape: tuple[int, int], make: Callable[[], NDArray[np.float32]]) -> Quantised:
+        """Return a weight's quantised tensors.
+
+        Args:
+            shape: `(out, in)`.
+            make: gives the weight, float32 `[out, in]`; called at most once per key.
+        """
+        rows, columns = shape
+        block_count = -(-columns // BLOCK)
+        done: list[tuple[NDArray[np.uint8], NDArray[np.float32]]] = []
+
+        def result() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+            if not done:
+                done.append(_quantise(make(), self.bits))
+            return done[0]
+
+        key = f"{key}:int{self.bits}"
+        blocks = self.file.store(
+            f"{key}.blocks", ir.DataType.UINT8, [rows, block_count, BLOCK * self.bits // 8], lambda: result()[0]
+        )
+        scales = self.file.store(f"{key}.scales", ir.DataType.FLOAT, [rows, block_count], lambda: result()[1])
+        return Quantised(blocks, scales, self.bits, rows, columns)
+
+
+def _quantise(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL, bits=bits)
+    blocks, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weight.T))
+    return blocks, scales.reshape(weight.shape[0], -1)
+
+
+def matmul_attributes(weight: Quantised) -> dict[str, int]:
+    """Return the attributes of `MatMulNBits` for a weight."""
+    return {
+        "K": weight.columns,
+        "N": weight.rows,
+        "bits": weight.bits,
+        "block_size": BLOCK,
+        "accuracy_level": ACCURACY_LEVEL,
+    }
+
+
+def gather_attributes(weight: Quantised) -> dict[str, int]:
+    """Return the attributes of `GatherBlockQuantized` for an embedding that shares a weight."""
+    return {"bits": weight.bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
