@@ -110,13 +110,18 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Where the target is cut and what a round looks like."""
+    """Where the target is cut and what a round looks like.
+
+    `trained_exits` are the exit layers that the bundle has a trained exit head for; at any other the
+    target's own norm and LM head serve.
+    """
 
     exit_layer: int
     gamma: int
     kappa: int
     max_length: int
     prefill_chunk: int
+    trained_exits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,7 +220,8 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool = False) -> No
         size = path.stat().st_size
         if size != facts.bytes:
             raise BundleError(
-                f"{name} has {size} bytes, {MANIFEST_NAME} says {facts.bytes}: it was truncated or edited; export the bundle again"
+                f"{name} has {size} bytes, {MANIFEST_NAME} says {facts.bytes}: it was truncated or edited; "
+                "export the bundle again"
             )
         if hashes and file_sha256(path) != facts.sha256:
             raise BundleError(
@@ -241,7 +247,8 @@ def _check_version(path: Path, data: Any) -> None:
     found = data.get("schema_version") if isinstance(data, dict) else None
     if found != SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema version {found!r}, this mirror reads {SCHEMA_VERSION}; export the bundle again with this version"
+            f"{path} has schema version {found!r}, this mirror reads {SCHEMA_VERSION}; "
+            "export the bundle again with this version"
         )
 
 
@@ -265,12 +272,12 @@ def _to_json(value: Any) -> Any:
 
 
 def _manifest(data: dict[str, Any]) -> Manifest:
-    tokens = data["tokens"]
+    tokens, decoding = data["tokens"], data["decoding"]
     return Manifest(
         schema_version=data["schema_version"],
         producer=Producer(**data["producer"]),
         model=ModelFacts(**data["model"]),
-        decoding=Decoding(**data["decoding"]),
+        decoding=Decoding(**{**decoding, "trained_exits": tuple(decoding.get("trained_exits", ()))}),
         tokens=Tokens(**{**tokens, "eos": tuple(tokens["eos"])}),
         draft=None if data["draft"] is None else DraftFacts(**data["draft"]),
         segments={name: _segment(item) for name, item in data["segments"].items()},

@@ -36,7 +36,12 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt2": {"n_positions": 256},
     "olmo2": {},
-    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+    },
     "stablelm": {"partial_rotary_factor": 0.5},
     "cohere": {"logit_scale": 0.3},
     "smollm3": {},

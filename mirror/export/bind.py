@@ -7,18 +7,20 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mirror.errors import ExportError
-from mirror.export.normalize import insert_before, replace
+from mirror.export.graphs import insert_before, is_op, replace, sizes
 from mirror.export.pack import Parts, pack_attention, single_parts
 from mirror.export.quantize import ORT, Quantised, Quantiser, gather_attributes, is_quantisable, matmul_attributes
 from mirror.export.trace import DOMAIN, Aliases
-from mirror.export.weights import WeightFile, WeightSource
+from mirror.export.weights import DRAFT_SCOPE, FileTensor, Found, MemoryTensor, WeightFile, WeightSource
 
 INLINE_BYTES = 1024
 
@@ -54,7 +56,6 @@ class Binder:
     source: WeightSource
     precision: Precision
     file: WeightFile
-    scope: str = ""  # keeps the tensors of two checkpoints apart in the file
     linked: dict[Path, str] = field(default_factory=dict)
 
     @property
@@ -89,51 +90,58 @@ class Binder:
         """Whether weights are converted; then it costs nothing to lay them out anew."""
         if self.precision.bits is not None:
             return True
-        largest = max(parts, key=lambda name: int(np.prod(graph.initializers[name].shape or [0])))  # type: ignore[arg-type]
-        tensor = self._find(parts[largest][0])
-        return not (isinstance(tensor, ir.ExternalTensor) and tensor.dtype == self.dtype)
+        largest = max(parts, key=lambda name: int(np.prod(sizes(graph.initializers[name]))))
+        return not self._is_usable(self._find(parts[largest][0]).tensor)
+
+    def _is_usable(self, tensor: FileTensor | MemoryTensor) -> TypeGuard[FileTensor]:
+        """Whether a tensor's bytes can serve where they lie."""
+        return isinstance(tensor, FileTensor) and tensor.dtype == self.dtype
 
     # --- floating point ---------------------------------------------------------------------------
 
     def _float_tensor(self, pieces: Parts, value: ir.Value) -> ir.ExternalTensor:
         """Return a reference to a parameter's bytes in the bundle's float type."""
         self._check_shape(pieces, value)
-        tensor = self._find(pieces[0])
-        if len(pieces) == 1 and isinstance(tensor, ir.ExternalTensor) and tensor.dtype == self.dtype:
-            return self._linked(tensor)
+        found = self._find(pieces[0])
+        if len(pieces) == 1 and self._is_usable(found.tensor):
+            return self._linked(found.tensor, found.key)
         key = f"{self._key(pieces)}:{self.dtype.name}"
-        return self.file.store(key, self.dtype, _shape(value), lambda: self._array(pieces, self.dtype))
+        return self.file.store(key, self.dtype, sizes(value), lambda: self._array(pieces, self.dtype))
 
     def _key(self, pieces: Parts) -> str:
-        return self.scope + "+".join(str(self._find(piece).name) for piece in pieces)
+        return "+".join(self._find(piece).key for piece in pieces)
 
     def _array(self, pieces: Parts, dtype: ir.DataType) -> NDArray[np.generic]:
-        return np.concatenate([self._find(piece).numpy().astype(dtype.numpy(), copy=False) for piece in pieces])
+        return np.concatenate([self._find(piece).tensor.numpy().astype(dtype.numpy(), copy=False) for piece in pieces])
 
-    def _find(self, names: Aliases) -> ir.TensorProtocol:
-        tensor = self.source.find(names)
-        if tensor is None:
+    def _float_array(self, pieces: Parts) -> NDArray[np.float32]:
+        return self._array(pieces, ir.DataType.FLOAT).astype(np.float32, copy=False)
+
+    def _find(self, names: Aliases) -> Found:
+        found = self.source.find(names)
+        if found is None:
             raise ExportError(f"the checkpoint has no tensor {names[0]}; it is incomplete or of another architecture")
-        return tensor
+        return found
 
     def _check_shape(self, pieces: Parts, value: ir.Value) -> None:
-        shapes = [[int(size) for size in self._find(piece).shape] for piece in pieces]  # type: ignore[arg-type, call-overload]
+        shapes = [list(self._find(piece).tensor.shape) for piece in pieces]
         found = [sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else []
-        if found != _shape(value):
+        if found != sizes(value):
             raise ExportError(
-                f"tensor {pieces[0][0]} has shape {found}, config.json means {_shape(value)}; they do not belong together"
+                f"tensor {pieces[0][0]} has shape {found}, config.json means {sizes(value)}; "
+                "they do not belong together"
             )
 
-    def _linked(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
-        path = Path(tensor.base_dir) / tensor.location
+    def _linked(self, tensor: FileTensor, key: str) -> ir.ExternalTensor:
+        path = tensor.path
         if path not in self.linked:
-            name = self.scope.replace(":", "-") + path.name
+            name = "draft-" + path.name if key.startswith(DRAFT_SCOPE) else path.name
             link_weights(path, self.folder / "weights", name)
             self.linked[path] = name
+        location, shape = f"weights/{self.linked[path]}", ir.Shape(tensor.shape)
         return ir.ExternalTensor(
-            f"weights/{self.linked[path]}", tensor.offset, tensor.length, tensor.dtype,
-            shape=ir.Shape(list(tensor.shape)), name=str(tensor.name), base_dir=self.folder,
-        )  # fmt: skip
+            location, tensor.offset, tensor.length, tensor.dtype, shape=shape, name=key, base_dir=self.folder
+        )
 
     # --- quantised --------------------------------------------------------------------------------
 
@@ -141,19 +149,22 @@ class Binder:
         """Turn linear layers into `MatMulNBits`, and embeddings tied to one into `GatherBlockQuantized`."""
         known: dict[str, Quantised] = {}
         for node in list(graph):
-            weight = node.inputs[1] if (node.domain, node.op_type) == (DOMAIN, "Linear") else None
+            weight = node.inputs[1] if is_op(node, "Linear", DOMAIN) else None
             if weight is None or weight.name not in parts or not is_quantisable(str(weight.name)):
                 continue
             pieces = parts[str(weight.name)]
             self._check_shape(pieces, weight)
-            rows, columns = _shape(weight)
+            rows, columns = sizes(weight)
             key = self._key(pieces)
-            known[key] = quantiser.quantise(key, (rows, columns), lambda p=pieces: self._array(p, ir.DataType.FLOAT))  # type: ignore[misc]
+            known[key] = quantiser.quantise(key, (rows, columns), partial(self._float_array, pieces))
             self._use_quantised(graph, node, known[key])
         for node in list(graph):
-            table = node.inputs[0] if node.op_type == "Gather" else None
-            if table is not None and table.name in parts and self._key(parts[table.name]) in known:
-                self._gather_quantised(graph, node, known[self._key(parts[table.name])])
+            table = node.inputs[0] if is_op(node, "Gather") else None
+            if table is None or str(table.name) not in parts:
+                continue
+            key = self._key(parts[str(table.name)])
+            if key in known:
+                self._gather_quantised(graph, node, known[key])
 
     def _use_quantised(self, graph: ir.Graph, node: ir.Node, weight: Quantised) -> None:
         inputs = [node.inputs[0], self._tensor(graph, weight.blocks), self._tensor(graph, weight.scales)]
@@ -166,11 +177,17 @@ class Binder:
         replace(graph, node, product)
 
     def _gather_quantised(self, graph: ir.Graph, node: ir.Node, weight: Quantised) -> None:
-        flat = [weight.rows, int(np.prod(list(weight.blocks.shape)[1:]))]  # type: ignore[arg-type]
+        flat = [weight.rows, int(np.prod(sizes(weight.blocks)[1:]))]
         data = self.file.store(str(weight.blocks.name), ir.DataType.UINT8, flat, lambda: np.zeros(0, np.uint8))
         inputs = [self._tensor(graph, data, "flat"), node.inputs[1], self._tensor(graph, weight.scales)]
         row = insert_before(
-            graph, node, "GatherBlockQuantized", inputs, domain=ORT, attributes=gather_attributes(weight), like=node.outputs[0]
+            graph,
+            node,
+            "GatherBlockQuantized",
+            inputs,
+            domain=ORT,
+            attributes=gather_attributes(weight),
+            like=node.outputs[0],
         )
         replace(graph, node, row)
 
@@ -181,6 +198,15 @@ class Binder:
             self._set(graph.initializers[name], tensor)
         return graph.initializers[name]
 
+    def add(self, graph: ir.Graph, name: str, tensor: FileTensor, key: str) -> None:
+        """Add an initializer that no node of this graph uses yet, in the bundle's float type."""
+        shape = list(tensor.shape)
+        graph.initializers[name] = ir.Value(name=name)
+        reference = self.file.store(
+            f"{key}:{self.dtype.name}", self.dtype, shape, lambda: tensor.numpy().astype(self.dtype.numpy())
+        )
+        self._set(graph.initializers[name], reference)
+
     # --- everything else --------------------------------------------------------------------------
 
     def _externalise(self, value: ir.Value) -> None:
@@ -189,7 +215,7 @@ class Binder:
         if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < INLINE_BYTES:
             return
         data = tensor.numpy()
-        key = f"{self.scope}{value.name}:{hash(data.tobytes())}"
+        key = f"{value.name}:{hash(data.tobytes())}"
         self._set(value, self.file.store(key, tensor.dtype, [int(size) for size in data.shape], lambda: data))
 
     def _set(self, value: ir.Value, tensor: ir.ExternalTensor) -> None:
@@ -209,8 +235,3 @@ def link_weights(path: Path, folder: Path, name: str) -> None:
         os.link(real, folder / name)
     except OSError:
         shutil.copyfile(real, folder / name)
-
-
-def _shape(value: ir.Value) -> list[int]:
-    assert value.shape is not None
-    return [int(size) for size in value.shape]  # type: ignore[arg-type, call-overload]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from transformers import PretrainedConfig
 
 from mirror.bundle import (
     SCHEMA_VERSION,
@@ -30,13 +31,14 @@ from mirror.errors import ExportError
 from mirror.export.bind import Binder, Precision
 from mirror.export.checkpoint import Checkpoint, eos_ids, open_checkpoint, tokenizer_fingerprint
 from mirror.export.cut import exit_layer_of
+from mirror.export.distilled import open_distilled
 from mirror.export.draft import DraftChoice, check_same_tokens, parse_draft, take_layers, with_layers
 from mirror.export.normalize import normalize
 from mirror.export.progress import Progress, Silent
 from mirror.export.recut import write_segments
 from mirror.export.selfcheck import CheckReport, check
-from mirror.export.trace import Traced, trace
-from mirror.export.weights import WeightFile
+from mirror.export.trace import Aliases, Traced, trace
+from mirror.export.weights import DRAFT_SCOPE, WeightFile, WeightSource
 from mirror.version import __version__
 
 POSITION_SLACK = 256  # rotary tables reach past max_length, for windows and padding rows at its end
@@ -98,7 +100,9 @@ class _Job:
         self.precision = _precision(options.precision)
         self.exit_layer = _exit_layer(options.exit_layer, config.num_hidden_layers)
         self.draft: DraftChoice = parse_draft(options.draft, config.num_hidden_layers)
-        self.draft_checkpoint = open_checkpoint(self.draft.model) if self.draft.model else None
+        self.distilled = open_distilled(self.draft.model) if self.draft.model else None
+        other = self.draft.model if self.distilled is None else None
+        self.draft_checkpoint = open_checkpoint(other, DRAFT_SCOPE) if other else None
         _positive("gamma", options.gamma, 64)
         _positive("kappa", options.kappa, 64)
         limit = int(getattr(config, "max_position_embeddings", 0) or 2**20)
@@ -109,14 +113,17 @@ class _Job:
         (folder / "weights").mkdir()
         tokenizer = self.checkpoint.write_tokenizer(folder)
         tokens = self._tokens(folder, tokenizer)
-        self._check_draft_tokens(tokens)
+        self._check_draft(tokens)
         file = WeightFile(folder / WEIGHT_FILE, WEIGHT_FILE, self.progress.advance)
         binder = Binder(folder, self.checkpoint.weights, self.precision, file)
         self.progress.start(f"trace {self.checkpoint.architecture}", None)
         traced = trace(self.checkpoint.config, _TORCH_TYPES.get(self.precision, torch.float32))
-        self._save_source(folder, "target", traced, traced.parameters, binder)
+        exits = self._save_source(folder, "target", traced, traced.parameters, binder)
         draft = self._write_draft(folder, binder)
-        decoding = Decoding(self.exit_layer, self.options.gamma, self.options.kappa, self.max_length, self.options.prefill_chunk)
+        options = self.options
+        decoding = Decoding(
+            self.exit_layer, options.gamma, options.kappa, self.max_length, options.prefill_chunk, exits
+        )
         self.progress.start("cut", None)
         segments = write_segments(folder, decoding)
         facts = ModelFacts(
@@ -143,7 +150,9 @@ class _Job:
         eos = eos_ids(self.checkpoint, folder)
         return Tokens(config.bos_token_id, eos, pad, tokenizer_fingerprint(tokenizer))
 
-    def _check_draft_tokens(self, tokens: Tokens) -> None:
+    def _check_draft(self, tokens: Tokens) -> None:
+        if self.distilled is not None:
+            self.distilled.check_target(self.checkpoint.name, self.checkpoint.fingerprint, tokens.tokenizer_fingerprint)
         if self.draft_checkpoint is None:
             return
         with tempfile.TemporaryDirectory() as scratch:
@@ -156,27 +165,37 @@ class _Job:
             return None
         if choice.ngram:
             return DraftFacts("ngram", "ngram", 0, target.config.vocab_size)
+        if self.distilled is not None and not self.distilled.has_draft:
+            return DraftFacts("ngram", "ngram", 0, target.config.vocab_size)
         self.progress.start("trace draft", None)
-        dtype = _TORCH_TYPES.get(self.precision, torch.float32)
-        if self.draft_checkpoint is not None:
-            config = self.draft_checkpoint.config
-            traced = trace(config, dtype)
-            names: Mapping[str, tuple[str, ...]] = traced.parameters
-            binder = Binder(folder, self.draft_checkpoint.weights, self.precision, binder.file, "draft:")
-        else:
-            config = with_layers(target.config, choice.layers)
-            traced = trace(config, dtype)
-            names = take_layers(traced, choice.layers)
-        self._save_source(folder, "draft", traced, names, binder)
+        config, weights = self._draft_model(binder.source)
+        traced = trace(config, _TORCH_TYPES.get(self.precision, torch.float32))
+        names = take_layers(traced, choice.layers) if choice.layers else traced.parameters
+        self._save_source(
+            folder, "draft", traced, names, Binder(folder, weights, self.precision, binder.file, binder.linked)
+        )
         return DraftFacts("model", str(self.options.draft), traced.layers, config.vocab_size)
 
+    def _draft_model(self, target: WeightSource) -> tuple[PretrainedConfig, WeightSource]:
+        """Return the config and the tensors of a draft that is a model."""
+        if self.distilled is not None:
+            return self.distilled.draft_config(), self.distilled.draft_weights(target)
+        if self.draft_checkpoint is not None:
+            return self.draft_checkpoint.config, self.draft_checkpoint.weights
+        return with_layers(self.checkpoint.config, self.draft.layers), target
+
     def _save_source(
-        self, folder: Path, name: str, traced: Traced, aliases: Mapping[str, tuple[str, ...]], binder: Binder
-    ) -> None:
+        self, folder: Path, name: str, traced: Traced, aliases: Mapping[str, Aliases], binder: Binder
+    ) -> tuple[int, ...]:
+        """Normalise, bind and write a traced graph; return the exit layers that got a trained head."""
         model = normalize(traced, _positions(self.checkpoint, self.max_length))
         self.progress.start(f"weights of the {name}", None)
-        binder.bind(model.graph, dict(aliases))
+        binder.bind(model.graph, aliases)
+        exits: tuple[int, ...] = ()
+        if name == "target" and self.distilled is not None:
+            exits = self.distilled.add_exit_heads(model.graph, binder)
         ir.save(model, folder / f"{name}.source.onnx")
+        return exits
 
     def _files(self, folder: Path) -> dict[str, FileFacts]:
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -232,8 +251,8 @@ def _check_room(checkpoint: Checkpoint, precision: Precision, output: Path) -> N
     free = shutil.disk_usage(output.absolute().parent).free
     if needed > free:
         raise ExportError(
-            f"the bundle may need {needed / 2**30:.1f} GiB at {output.absolute().parent}, which has {free / 2**30:.1f} GiB free; "
-            "make room or choose another folder"
+            f"the bundle may need {needed / 2**30:.1f} GiB at {output.absolute().parent}, which has "
+            f"{free / 2**30:.1f} GiB free; make room or choose another folder"
         )
 
 
@@ -261,4 +280,3 @@ def _move_into_place(folder: Path, output: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(folder, output)
-

@@ -45,6 +45,7 @@ class Checkpoint:
     name: str
     path: Path
     config: PretrainedConfig
+    scope: str = ""
 
     @property
     def is_gguf(self) -> bool:
@@ -54,17 +55,18 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The name of transformers' class for this model."""
-        return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)].__name__)
+        cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+        return str(cls.__name__)
 
     @cached_property
     def weights(self) -> WeightSource:
         """The checkpoint's tensors; read through transformers only where its files don't hold them by name."""
         if not self.is_gguf:
             skeleton = hollow(copy.deepcopy(self.config), torch.float32)
-            source = SafetensorsSource.open(self.path, str(getattr(skeleton, "base_model_prefix", "")))
+            source = SafetensorsSource.open(self.path, str(getattr(skeleton, "base_model_prefix", "")), self.scope)
             if all(source.find(names) is not None for names in _aliases(skeleton)):
                 return source
-        return MemorySource(self._loaded())
+        return MemorySource(self._loaded(), self.scope)
 
     def _loaded(self) -> dict[str, np.ndarray]:
         """Load the model through transformers and return its tensors as float32 arrays."""
@@ -106,8 +108,11 @@ class Checkpoint:
             AutoTokenizer.from_pretrained(self.path).save_pretrained(folder)
 
 
-def open_checkpoint(model: str) -> Checkpoint:
+def open_checkpoint(model: str, scope: str = "") -> Checkpoint:
     """Return the checkpoint that a folder, hub id or GGUF path names.
+
+    Args:
+        scope: put in front of its tensors' keys, to tell two checkpoints of one bundle apart.
 
     Raises:
         ExportError: there is none, or it is not a decoder that can be exported (named, with the reason).
@@ -118,13 +123,15 @@ def open_checkpoint(model: str) -> Checkpoint:
     elif path.is_dir():
         config = _folder_config(path, model)
     elif path.exists() or path.suffix == ".gguf" or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ExportError(f"{model} is neither a model folder nor a GGUF file; give one of these, or a hub id like owner/name")
+        raise ExportError(
+            f"{model} is neither a model folder nor a GGUF file; give one of these, or a hub id like owner/name"
+        )
     else:
         path = _from_hub(model)
         config = _folder_config(path, model)
     config = config.get_text_config()
     _refuse(config, model)
-    return Checkpoint(model, path, config)
+    return Checkpoint(model, path, config, scope)
 
 
 def tokenizer_fingerprint(tokenizer_json: Path | None) -> str:
@@ -151,9 +158,10 @@ def _folder_config(path: Path, model: str) -> PretrainedConfig:
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise ExportError(f"{model} has no *.safetensors weights; fetch the whole checkpoint")
     try:
-        return AutoConfig.from_pretrained(path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path)
     except (ValueError, OSError, KeyError) as error:
         raise ExportError(f"{model}: transformers does not know this model ({error})") from error
+    return config
 
 
 def _from_hub(model: str) -> Path:
@@ -174,11 +182,15 @@ def _refuse(config: PretrainedConfig, model: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ExportError(f"{model} is {name}, an encoder-decoder; only decoder-only models can be exported")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ExportError(f"{model} is {name}, which transformers has no causal language model for; only decoders can be exported")
+        raise ExportError(
+            f"{model} is {name}, which transformers has no causal language model for; only decoders can be exported"
+        )
     quantised = getattr(config, "quantization_config", None)
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
     if quantised is not None and str(method).rpartition(".")[2].lower() != "gguf":
-        raise ExportError(f"{model} is quantised with {method}; give the unquantised checkpoint and --precision int4 or int8")
+        raise ExportError(
+            f"{model} is quantised with {method}; give the unquantised checkpoint and --precision int4 or int8"
+        )
     if int(getattr(config, "num_hidden_layers", 0)) < 2:
         raise ExportError(f"{model} has fewer than 2 layers; there is nothing to split")
 

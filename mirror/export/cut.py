@@ -10,7 +10,9 @@ import onnx_ir as ir
 import onnx_ir.convenience as ir_convenience
 
 from mirror.bundle import Form, LayerKV
+from mirror.export.distilled import ADAPTER_EPSILON, ADAPTER_TENSORS, adapter_name
 from mirror.export.emit import Emitter
+from mirror.export.graphs import dimension, is_op
 from mirror.export.lower import Lowering, finish
 from mirror.export.trace import DOMAIN
 
@@ -41,6 +43,7 @@ def cut_target(source: ir.Model, exit_layer: int, kappa: int) -> Iterator[Piece]
         _keep_rows(suffix, last)
         yield _piece("target_suffix", form, suffix, "logits", _as_float)
         head = _from_hidden(source, last)
+        _trained_head(source, head, exit_layer)
         yield _piece("exit_head", form, head, None, lambda emit, logits: _candidates(emit, logits, kappa + 1))
 
 
@@ -108,12 +111,12 @@ def _layer_outputs(graph: ir.Graph) -> dict[int, str]:
     return {
         node.attributes["layer"].as_int(): str(node.outputs[0].name)
         for node in graph
-        if (node.domain, node.op_type) == (DOMAIN, "LayerOutput")
+        if is_op(node, "LayerOutput", DOMAIN)
     }
 
 
 def _is_layer_output(node: ir.Node, layer: int) -> bool:
-    return (node.domain, node.op_type) == (DOMAIN, "LayerOutput") and node.attributes["layer"].as_int() == layer
+    return is_op(node, "LayerOutput", DOMAIN) and node.attributes["layer"].as_int() == layer
 
 
 def _extract(source: ir.Model, inputs: list[str], output: str) -> ir.Graph:
@@ -128,6 +131,35 @@ def _from_hidden(source: ir.Model, layer: int) -> ir.Graph:
     graph = _extract(source, [boundary, "input_ids", "position_ids"], "logits")
     graph.inputs[0].name = "hidden_states"
     return graph
+
+
+def _trained_head(source: ir.Model, head: ir.Graph, exit_layer: int) -> None:
+    """Put the exit layer's trained adapter in front of the norm, where there is one.
+
+    `h + down(silu(gate(n)) * up(n))` with `n` the normed state.
+    """
+    if adapter_name(exit_layer, ADAPTER_TENSORS[0]) not in source.graph.initializers:
+        return
+    hidden = head.inputs[0]
+    uses = list(hidden.uses())
+    emit = Emitter(head, hidden, uses[0].node)
+    norm, gate, up, down = (_copied(source, head, adapter_name(exit_layer, name)) for name in ADAPTER_TENSORS)
+    normed = emit.op("RMSNorm", [hidden, norm], {"epsilon": ADAPTER_EPSILON}, domain=DOMAIN, like=hidden)
+    opened = emit.op("Linear", [normed, gate], domain=DOMAIN)
+    gated = emit.op(
+        "Mul", [emit.op("Mul", [opened, emit.op("Sigmoid", [opened])]), emit.op("Linear", [normed, up], domain=DOMAIN)]
+    )
+    change = emit.op("Linear", [gated, down], domain=DOMAIN, like=hidden)
+    adapted = emit.op("Add", [hidden, change], like=hidden)
+    for use in uses:
+        use.node.replace_input_with(use.idx, adapted)
+
+
+def _copied(source: ir.Model, graph: ir.Graph, name: str) -> ir.Value:
+    value = source.graph.initializers[name]
+    copy = ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
+    graph.initializers[name] = copy
+    return copy
 
 
 def _keep_rows(graph: ir.Graph, last_layer: int) -> None:
@@ -148,7 +180,9 @@ def _keep_rows(graph: ir.Graph, last_layer: int) -> None:
 
 def _rename_width(node: ir.Node, kept: ir.Value) -> None:
     """Carry the `rows` dimension from the kept rows to what is computed from them."""
-    if not any(value is not None and value.shape is not None and "rows" in map(str, value.shape) for value in node.inputs):
+    if not any(
+        value is not None and value.shape is not None and "rows" in map(str, value.shape) for value in node.inputs
+    ):
         return
     if node is kept.producer():
         return
@@ -158,7 +192,9 @@ def _rename_width(node: ir.Node, kept: ir.Value) -> None:
 
 
 def _as_float(emit: Emitter, logits: ir.Value) -> list[ir.Value]:
-    return [logits if logits.dtype is ir.DataType.FLOAT else _named(emit.cast(logits, ir.DataType.FLOAT), "logits", logits)]
+    return [
+        logits if logits.dtype is ir.DataType.FLOAT else _named(emit.cast(logits, ir.DataType.FLOAT), "logits", logits)
+    ]
 
 
 def _named(value: ir.Value, name: str, like: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
@@ -187,8 +223,7 @@ def _token_ids(emit: Emitter, logits: ir.Value, form: Form) -> ir.Value:
     if form is Form.INPLACE:
         return _as_token_ids(emit.op("ArgMax", [logits], {"axis": -1, "keepdims": 0}))
     # OpenVINO's CPU device makes a slow full TopK of an ArgMax; this form costs as much as the logits alone.
-    assert logits.shape is not None
-    vocab = int(logits.shape[2])  # type: ignore[arg-type]
+    vocab = dimension(logits, 2)
     top = emit.op("ReduceMax", [logits, emit.int64s(-1)], {"keepdims": 1})
     ids = emit.constant("vocabulary_ids", np.arange(vocab, dtype=np.int32))
     found = emit.op("Where", [emit.op("GreaterOrEqual", [logits, top]), ids, emit.int32(vocab - 1)])
@@ -215,5 +250,7 @@ def exit_layer_of(text: str, layers: int) -> int:
     number = float(text)
     layer = int(text) if text.strip().isdigit() else int(np.floor(number * layers + 0.5))
     if not 1 <= layer < layers:
-        raise ValueError(f"exit layer {text} of a model with {layers} layers; give 1..{layers - 1} or a fraction between")
+        raise ValueError(
+            f"exit layer {text} of a model with {layers} layers; give 1..{layers - 1} or a fraction between"
+        )
     return layer

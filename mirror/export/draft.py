@@ -41,7 +41,9 @@ def parse_draft(text: str | None, target_layers: int) -> DraftChoice:
         raise ExportError(f"draft {text} is not a list of layers; write layers:0,10,19,29")
     layers = tuple(int(part) for part in parts)
     if any(layer >= target_layers for layer in layers) or len(set(layers)) != len(layers):
-        raise ExportError(f"draft {text} repeats layers or names some that the target lacks; it has 0..{target_layers - 1}")
+        raise ExportError(
+            f"draft {text} repeats layers or names some that the target lacks; it has 0..{target_layers - 1}"
+        )
     return DraftChoice(layers=layers)
 
 
@@ -74,6 +76,6 @@ def check_same_tokens(target: Checkpoint, draft: Checkpoint, target_print: str, 
     """
     if target_print != draft_print:
         raise ExportError(
-            f"draft {draft.name} has another tokenizer than {target.name} (vocabulary {draft.config.vocab_size} against "
-            f"{target.config.vocab_size}); use a draft with the target's tokenizer"
+            f"draft {draft.name} has another tokenizer than {target.name} (vocabulary "
+            f"{draft.config.vocab_size} against {target.config.vocab_size}); use a draft with the target's tokenizer"
         )

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from mirror.export.normalize import constant, int64s
+from mirror.export.graphs import constant, int64s
 
 _INPUT_TYPES: Mapping[str, tuple[ir.DataType, tuple[int | str, ...]]] = {
     "input_ids": (ir.DataType.INT64, (1, "width")),
@@ -82,7 +83,7 @@ class Emitter:
         self.graph.inputs.append(value)
         return value
 
-    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+    def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
         """Return the named initializer."""
         return constant(self.graph, name, array)
 

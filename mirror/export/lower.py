@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
+from numpy.typing import NDArray
 
 from mirror.bundle import Form, LayerKV, kv_names
 from mirror.export.emit import Emitter
+from mirror.export.graphs import dimension, dtype_of, is_op, producer_input, replace, wired
 from mirror.export.masks import Masks
-from mirror.export.normalize import replace
 from mirror.export.trace import DOMAIN, OPSET
 
 ORT = "com.microsoft"
@@ -47,9 +48,7 @@ class Lowering:
                 case "RMSNorm":
                     self._rms_norm(emit, node)
                 case "LayerOutput":
-                    marked = node.inputs[0]
-                    assert marked is not None
-                    replace(self.graph, node, marked)
+                    replace(self.graph, node, *wired(*node.inputs))
                 case "Attention":
                     masks = masks or self._masks(emit, node)
                     self._attention(emit, node, masks)
@@ -59,10 +58,8 @@ class Lowering:
         return tuple(self.kv)
 
     def _masks(self, emit: Emitter, first: ir.Node) -> Masks:
-        query = first.inputs[0]
-        assert query is not None and query.dtype is not None
         at_end = Emitter(self.graph, emit.size_from)  # shared by layers; `finish` sorts them to the front
-        return Masks(at_end, self.form, self.branches, query.dtype)
+        return Masks(at_end, self.form, self.branches, dtype_of(wired(*first.inputs)[0]))
 
     # --- linear layers and norms ------------------------------------------------------------------
 
@@ -78,9 +75,8 @@ class Lowering:
         replace(self.graph, node, product)
 
     def _rms_norm(self, emit: Emitter, node: ir.Node) -> None:
-        x, weight = node.inputs
+        x, weight = wired(*node.inputs)
         epsilon = node.attributes["epsilon"].as_float()
-        assert x is not None and weight is not None
         if self.form is Form.INPLACE:
             normed = self._fused_norm(emit, node, x, weight, epsilon)
         else:
@@ -106,15 +102,14 @@ class Lowering:
     # --- attention --------------------------------------------------------------------------------
 
     def _attention(self, emit: Emitter, node: ir.Node, masks: Masks) -> None:
-        query, key, value = node.inputs
-        assert query is not None and key is not None and value is not None
+        query, key, _ = wired(*node.inputs)
         layer = node.attributes["layer"].as_int()
-        heads, kv_heads = _dimension(query, 1), _dimension(key, 1)
-        head_dim = _dimension(query, 3)
-        assert query.dtype is not None
-        self.kv.append(LayerKV(layer, kv_heads, head_dim, _dtype_name(query.dtype)))
+        heads, kv_heads = dimension(query, 1), dimension(key, 1)
+        head_dim = dimension(query, 3)
+        dtype = dtype_of(query)
+        self.kv.append(LayerKV(layer, kv_heads, head_dim, _dtype_name(dtype)))
         shape: tuple[int | str, ...] = (1, kv_heads, "capacity", head_dim)
-        past = [emit.declare(name, query.dtype, shape) for name in kv_names("past_key_values", layer)]
+        past = [emit.declare(name, dtype, shape) for name in kv_names("past_key_values", layer)]
         if self.form is Form.INPLACE:
             output, present = self._grouped(emit, node, past, masks, heads, kv_heads)
             present_shape = shape
@@ -123,7 +118,7 @@ class Lowering:
             present_shape = (1, kv_heads, "width", head_dim)
         for name, new in zip(kv_names("present", layer), present, strict=True):
             new.name = name
-            new.type, new.shape = ir.TensorType(query.dtype), ir.Shape(list(present_shape))
+            new.type, new.shape = ir.TensorType(dtype), ir.Shape(list(present_shape))
             self.graph.outputs.append(new)
         replace(self.graph, node, output)
 
@@ -131,12 +126,10 @@ class Lowering:
         self, emit: Emitter, node: ir.Node, past: list[ir.Value], masks: Masks, heads: int, kv_heads: int
     ) -> tuple[ir.Value, list[ir.Value]]:
         """`GroupQueryAttention`, with the rotary embedding inside where rows follow each other."""
-        query, key, value = node.inputs
-        assert query is not None and key is not None and value is not None
+        query, key, value = wired(*node.inputs)
         rotary = None if self.branches else _shared_rotary(query, key)
         if rotary is not None:
-            query, key = query.producer().inputs[0], key.producer().inputs[0]  # type: ignore[union-attr]
-            assert query is not None and key is not None
+            query, key = wired(producer_input(query), producer_input(key))
         flat = _packed(query, key, value) or [_flat(emit, part) for part in (query, key, value)]
         mask = masks.get(node.attributes["window"].as_int())
         window = node.attributes["window"].as_int()
@@ -159,30 +152,32 @@ class Lowering:
 
     def _unflatten(self, emit: Emitter, node: ir.Node, output: ir.Value) -> ir.Value:
         """`[1, width, heads * head_dim]` -> `[1, width, heads, head_dim]`."""
-        shape = node.outputs[0].shape
-        assert shape is not None
-        return emit.op("Reshape", [output, emit.int64s(1, -1, int(shape[2]), int(shape[3]))], like=node.outputs[0])  # type: ignore[arg-type]
+        result = node.outputs[0]
+        sizes = emit.int64s(1, -1, dimension(result, 2), dimension(result, 3))
+        return emit.op("Reshape", [output, sizes], like=result)
 
     def _plain(
         self, emit: Emitter, node: ir.Node, past: list[ir.Value], masks: Masks, heads: int, kv_heads: int
     ) -> tuple[ir.Value, list[ir.Value]]:
         """Softmax(q k^T) v over the buffer and the new rows; heads of a group share one product."""
-        query, key, value = node.inputs
-        assert query is not None and key is not None and value is not None and key.dtype is not None
-        head_dim = _dimension(key, 3)
+        query, key, value = wired(*node.inputs)
+        dtype = dtype_of(key)
+        head_dim = dimension(key, 3)
         masks.capacity = masks.capacity or masks.emit.size(past[0], 2)
         mask = masks.get(node.attributes["window"].as_int())
-        scale = emit.constant(f"scale_{node.attributes['scale'].as_float():.9g}", _scalar(node, "scale", key.dtype))
+        scale = emit.constant(f"scale_{node.attributes['scale'].as_float():.9g}", _scalar(node, "scale", dtype))
         new = [emit.op("Identity", [part]) for part in (key, value)]
-        keys, values = (emit.op("Concat", [old, part], {"axis": 2}) for old, part in zip(past, (key, value), strict=True))
+        keys, values = (
+            emit.op("Concat", [old, part], {"axis": 2}) for old, part in zip(past, (key, value), strict=True)
+        )
         # Heads of one group lie together, so they fold into rows: [1, kv_heads, group * width, head_dim].
         grouped = emit.reshape(emit.op("Mul", [query, scale]), 1, kv_heads, -1, head_dim)
         scores = emit.op("MatMul", [grouped, emit.op("Transpose", [keys], {"perm": [0, 1, 3, 2]})])
         scores = self._per_head(emit, scores, heads)
-        scores = self._softcap(emit, node, scores, key.dtype)
+        scores = self._softcap(emit, node, scores, dtype)
         weights = emit.op("Softmax", [emit.op("Add", [scores, mask])], {"axis": -1})
         weights = self._per_group(emit, weights, heads, kv_heads)
-        mixed = emit.reshape(emit.op("MatMul", [weights, values]), 1, heads, -1, _dimension(value, 3))
+        mixed = emit.reshape(emit.op("MatMul", [weights, values]), 1, heads, -1, dimension(value, 3))
         return emit.op("Transpose", [mixed], {"perm": list(_HEADS_FIRST)}, like=node.outputs[0]), new
 
     def _per_head(self, emit: Emitter, scores: ir.Value, heads: int) -> ir.Value:
@@ -204,13 +199,12 @@ class Lowering:
     # --- rotary embedding -------------------------------------------------------------------------
 
     def _rotary(self, emit: Emitter, node: ir.Node) -> None:
-        x, cos, sin, positions = node.inputs
-        assert x is not None and cos is not None and sin is not None
+        x, cos, sin, positions = wired(*node.inputs)
         interleaved = node.attributes["interleaved"].as_int()
         if self.form is Form.INPLACE:
-            rotary_dim = 2 * _dimension(cos, 1)
-            partial = rotary_dim != _dimension(x, 3)
-            attributes = {"interleaved": interleaved, "num_heads": _dimension(x, 1) if partial else 0}
+            rotary_dim = 2 * dimension(cos, 1)
+            partial = rotary_dim != dimension(x, 3)
+            attributes = {"interleaved": interleaved, "num_heads": dimension(x, 1) if partial else 0}
             attributes["rotary_embedding_dim"] = rotary_dim if partial else 0
             turned = emit.op("RotaryEmbedding", [x, positions, cos, sin], attributes, domain=ORT, like=node.outputs[0])
         else:
@@ -241,7 +235,7 @@ class _FoldReshapes(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         changed = False
         for node in list(model.graph):
-            if (node.domain, node.op_type) != ("", "Reshape") or node.inputs[0] is None:
+            if not is_op(node, "Reshape") or node.inputs[0] is None:
                 continue
             before = node.inputs[0].producer()
             if before is not None and before.op_type == "Reshape" and _constant_reshape(node):
@@ -261,12 +255,13 @@ def _constant_reshape(node: ir.Node) -> bool:
 
 
 def _plain_norm(emit: Emitter, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Value:
-    dtype = x.dtype
-    assert dtype is not None
+    dtype = dtype_of(x)
     wide = x if dtype is ir.DataType.FLOAT else emit.cast(x, ir.DataType.FLOAT)
     square = emit.op("Mul", [wide, wide])
     mean = emit.op("ReduceMean", [square, emit.int64s(-1)], {"keepdims": 1})
-    root = emit.op("Sqrt", [emit.op("Add", [mean, emit.constant(f"epsilon_{epsilon:.9g}", np.float32(epsilon).reshape(()))])])
+    root = emit.op(
+        "Sqrt", [emit.op("Add", [mean, emit.constant(f"epsilon_{epsilon:.9g}", np.array(epsilon, np.float32))])]
+    )
     normed = emit.op("Div", [wide, root])
     if dtype is not ir.DataType.FLOAT:
         normed = emit.cast(normed, dtype)
@@ -277,16 +272,22 @@ def _plain_rotary(
     emit: Emitter, x: ir.Value, cos: ir.Value, sin: ir.Value, positions: ir.Value | None, *, interleaved: bool
 ) -> ir.Value:
     """Rotate pairs of features; `x` is `[1, heads, width, head_dim]`."""
-    half, head_dim = _dimension(cos, 1), _dimension(x, 3)
+    half, head_dim = dimension(cos, 1), dimension(x, 3)
     tables = [
-        emit.op("Unsqueeze", [emit.op("Gather", [table, positions], {"axis": 0}), emit.int64s(1)]) for table in (cos, sin)
+        emit.op("Unsqueeze", [emit.op("Gather", [table, positions], {"axis": 0}), emit.int64s(1)])
+        for table in (cos, sin)
     ]
     turned, rest = x, None
     if 2 * half != head_dim:
-        split = emit.constant(f"split_{2 * half}_{head_dim - 2 * half}", np.array([2 * half, head_dim - 2 * half], np.int64))
+        split = emit.constant(
+            f"split_{2 * half}_{head_dim - 2 * half}", np.array([2 * half, head_dim - 2 * half], np.int64)
+        )
         turned, rest = emit.ops("Split", [x, split], {"axis": 3}, count=2)
     if interleaved:
-        starts = [emit.op("Slice", [turned, emit.int64s(s), emit.int64s(2 * half), emit.int64s(3), emit.int64s(2)]) for s in (0, 1)]
+        starts = [
+            emit.op("Slice", [turned, emit.int64s(s), emit.int64s(2 * half), emit.int64s(3), emit.int64s(2)])
+            for s in (0, 1)
+        ]
     else:
         starts = list(emit.ops("Split", [turned], {"axis": 3, "num_outputs": 2}, count=2))
     first, second = starts
@@ -294,7 +295,7 @@ def _plain_rotary(
     b = emit.op("Add", [emit.op("Mul", [second, tables[0]]), emit.op("Mul", [first, tables[1]])])
     if interleaved:
         pair = [emit.op("Unsqueeze", [part, emit.int64s(4)]) for part in (a, b)]
-        heads = _dimension(x, 1)
+        heads = dimension(x, 1)
         joined = emit.reshape(emit.op("Concat", pair, {"axis": 4}), 1, heads, -1, 2 * half)
     else:
         joined = emit.op("Concat", [a, b], {"axis": 3})
@@ -303,16 +304,14 @@ def _plain_rotary(
 
 def _shared_rotary(query: ir.Value, key: ir.Value) -> ir.Node | None:
     """Return the query's rotary node when the key is turned by the same tables."""
-    nodes = [value.producer() for value in (query, key)]
-    if any(node is None or (node.domain, node.op_type) != (DOMAIN, "Rotary") for node in nodes):
+    first, second = query.producer(), key.producer()
+    if first is None or second is None or not is_op(first, "Rotary", DOMAIN) or not is_op(second, "Rotary", DOMAIN):
         return None
-    first, second = nodes
-    assert first is not None and second is not None
     if list(first.inputs[1:]) != list(second.inputs[1:]):
         return None
     # The operator's own rotary wants a whole head's tables in multiples of 16 features.
-    whole = first.inputs[1] is not None and 2 * _dimension(first.inputs[1], 1) == _dimension(query, 3)
-    return first if whole and _dimension(query, 3) % 16 == 0 else None
+    whole = 2 * dimension(first.inputs[1], 1) == dimension(query, 3)
+    return first if whole and dimension(query, 3) % 16 == 0 else None
 
 
 def _packed(query: ir.Value, key: ir.Value, value: ir.Value) -> list[ir.Value | None] | None:
@@ -327,32 +326,33 @@ def _packed(query: ir.Value, key: ir.Value, value: ir.Value) -> list[ir.Value | 
 
 def _before_heads(value: ir.Value) -> ir.Value | None:
     """`[1, heads, width, head_dim]` <- Transpose <- Reshape <- the returned `[1, width, features]`."""
-    transpose = value.producer()
-    if transpose is None or transpose.op_type != "Transpose":
+    transposed = producer_input(value)
+    if transposed is None or not is_op(value.producer(), "Transpose") or not is_op(transposed.producer(), "Reshape"):
         return None
-    reshape = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
-    if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
-        return None
-    shape = reshape.inputs[0].shape
-    return reshape.inputs[0] if shape is not None and len(shape) == 3 else None
+    flat = producer_input(transposed)
+    return flat if flat is not None and flat.shape is not None and len(flat.shape) == 3 else None
 
 
 def _flat(emit: Emitter, value: ir.Value) -> ir.Value:
     """`[1, heads, width, head_dim]` -> `[1, width, heads * head_dim]`."""
-    features = _dimension(value, 1) * _dimension(value, 3)
+    features = dimension(value, 1) * dimension(value, 3)
     transpose = value.producer()
-    source = transpose.inputs[0] if transpose is not None and transpose.op_type == "Transpose" else None
-    if source is None or tuple(transpose.attributes["perm"].as_ints()) != _HEADS_FIRST:  # type: ignore[union-attr]
+    source = producer_input(value) if transpose is not None and _puts_heads_first(transpose) else None
+    if source is None:
         source = emit.op("Transpose", [value], {"perm": list(_HEADS_FIRST)})
     flat = emit.reshape(source, 1, -1, features)
     flat.type, flat.shape = value.type, _flat_shape(value, 2, 1)
     return flat
 
 
+def _puts_heads_first(node: ir.Node) -> bool:
+    return is_op(node, "Transpose") and tuple(node.attributes["perm"].as_ints()) == _HEADS_FIRST
+
+
 def _flat_shape(value: ir.Value, width_axis: int, heads_axis: int) -> ir.Shape:
     """Return `[1, width, heads * head_dim]` for a value that has heads in a dimension of their own."""
     assert value.shape is not None
-    return ir.Shape([1, value.shape[width_axis], _dimension(value, heads_axis) * _dimension(value, 3)])
+    return ir.Shape([1, value.shape[width_axis], dimension(value, heads_axis) * dimension(value, 3)])
 
 
 def _typed(value: ir.Value, like: ir.Value) -> ir.Value:
@@ -367,14 +367,7 @@ def _same_shape(add: ir.Node) -> bool:
     return first.shape == second.shape and len(first.shape) == 3
 
 
-def _dimension(value: ir.Value, axis: int) -> int:
-    assert value.shape is not None
-    size = value.shape[axis]
-    assert isinstance(size, int)
-    return size
-
-
-def _scalar(node: ir.Node, attribute: str, dtype: ir.DataType) -> np.ndarray:
+def _scalar(node: ir.Node, attribute: str, dtype: ir.DataType) -> NDArray[np.generic]:
     return np.array(node.attributes[attribute].as_float(), dtype.numpy())
 
 

@@ -40,7 +40,9 @@ class Masks:
         if self.form is Form.INPLACE and not self.branches:
             return None
         if window not in self._made:
-            self._made[window] = self._additive(self._inplace(window) if self.form is Form.INPLACE else self._rows(window))
+            self._made[window] = self._additive(
+                self._inplace(window) if self.form is Form.INPLACE else self._rows(window)
+            )
         return self._made[window]
 
     def _inplace(self, window: int) -> ir.Value:
@@ -70,7 +72,7 @@ class Masks:
         return emit.op("Concat", [old, emit.op("And", [earlier, new])], {"axis": 1})
 
     def _trunk(self, slots: ir.Value, window: int) -> ir.Value:
-        """Return bool `[width, slots]`: trunk slots that a row sees."""
+        """Return bool `[width, slots]` or `[width, 1]`: trunk slots that a row sees."""
         emit = self.emit
         conditions = []
         if self.branches:
@@ -80,7 +82,8 @@ class Masks:
             oldest = emit.op("Sub", [positions, emit.int32(window)])
             conditions.append(emit.op("Greater", [emit.row(slots), emit.column(oldest)]))
         if not conditions:
-            conditions.append(emit.op("GreaterOrEqual", [emit.row(slots), emit.int32(0)]))
+            every_row = emit.column(emit.range(emit.width()))
+            conditions.append(emit.op("GreaterOrEqual", [every_row, emit.int32(0)]))
         return conditions[0] if len(conditions) == 1 else emit.op("And", conditions)
 
     def _same_branch(self, owners: ir.Value) -> ir.Value:

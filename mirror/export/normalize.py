@@ -7,12 +7,18 @@ looked up by position, and nothing is computed twice.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.convenience as ir_convenience
 import onnx_ir.passes.common as ir_passes
 import onnxruntime as ort
+from numpy.typing import NDArray
 
+from mirror.export.graphs import constant, insert_before, int64s, is_op, producer_input, replace, wired
 from mirror.export.trace import DOMAIN, Aliases, Traced
 
 WIDTH = "width"
@@ -34,7 +40,8 @@ def normalize(traced: Traced, positions: int) -> ir.Model:
         ir_passes.DeduplicateInitializersPass(size_limit=4096),
         ir_passes.RemoveUnusedNodesPass(),
     )
-    passes(model)
+    with _quiet():
+        passes(model)
     _linear_layers(model.graph, traced.parameters)
     _rotary_tables(model, positions)
     ir_passes.RemoveUnusedNodesPass()(model)
@@ -42,49 +49,22 @@ def normalize(traced: Traced, positions: int) -> ir.Model:
     return model
 
 
-def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Return the initializer of that name, adding it if the graph does not have it."""
-    if name in graph.initializers:
-        return graph.initializers[name]
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def int64s(graph: ir.Graph, *numbers: int) -> ir.Value:
-    """Return a one-dimensional int64 initializer."""
-    return constant(graph, "int64_" + "_".join(str(number) for number in numbers), np.array(numbers, np.int64))
-
-
-def insert_before(graph: ir.Graph, anchor: ir.Node, op: str, inputs: list[ir.Value | None], **options: object) -> ir.Value:
-    """Insert a node with one output before `anchor`; options are `domain`, `attributes`, `name`, `like`."""
-    like = options.get("like")
-    attributes = options.get("attributes")
-    node = ir.node(op, inputs, attributes, domain=str(options.get("domain", "")))  # type: ignore[arg-type]
-    output = node.outputs[0]
-    if isinstance(like, ir.Value):
-        output.type, output.shape = like.type, like.shape
-    graph.insert_before(anchor, node)
-    return output
-
-
-def replace(graph: ir.Graph, node: ir.Node, new: ir.Value) -> None:
-    """Let `new` take the place of a node's only output, its name included where it is a graph output."""
-    old = node.outputs[0]
-    if old.is_graph_output():
-        name = old.name
-        old.name = f"{name}_replaced"
-        new.name = name
-        new.type, new.shape = old.type, old.shape
-    ir_convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the warnings about parameters without data: they get theirs later."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _constant_shapes(graph: ir.Graph) -> None:
     """Give each Reshape a constant shape: batch is 1 and only the width is open."""
     for node in list(graph):
-        if (node.domain, node.op_type) != ("", "Reshape"):
+        if not is_op(node, "Reshape"):
             continue
         shape = node.outputs[0].shape
         if shape is None:
@@ -98,12 +78,13 @@ def _constant_shapes(graph: ir.Graph) -> None:
 
 def _linear_layers(graph: ir.Graph, parameters: dict[str, Aliases]) -> None:
     for node in list(graph):
-        if (node.domain, node.op_type) != ("", "MatMul"):
+        if not is_op(node, "MatMul"):
             continue
-        transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
-        if transpose is None or transpose.op_type != "Transpose" or not _is_weight(transpose.inputs[0], parameters):
+        x, factor = wired(*node.inputs)
+        weight = producer_input(factor)
+        if weight is None or not is_op(factor.producer(), "Transpose") or weight.name not in parameters:
             continue
-        anchor, inputs = node, [node.inputs[0], transpose.inputs[0]]
+        anchor, inputs = node, [x, weight]
         bias = _bias_add(node, parameters)
         if bias is not None:
             anchor, inputs = bias[0], [*inputs, bias[1]]
@@ -113,10 +94,6 @@ def _linear_layers(graph: ir.Graph, parameters: dict[str, Aliases]) -> None:
             graph.remove(node, safe=True)
 
 
-def _is_weight(value: ir.Value | None, parameters: dict[str, Aliases]) -> bool:
-    return value is not None and value.name in parameters
-
-
 def _bias_add(node: ir.Node, parameters: dict[str, Aliases]) -> tuple[ir.Node, ir.Value] | None:
     """Return the Add that gives a MatMul its bias, and the bias."""
     uses = list(node.outputs[0].uses())
@@ -124,7 +101,7 @@ def _bias_add(node: ir.Node, parameters: dict[str, Aliases]) -> tuple[ir.Node, i
         return None
     add = uses[0].node
     other = add.inputs[1 - uses[0].idx]
-    if other is None or not _is_weight(other, parameters) or other.shape is None or len(other.shape) != 1:
+    if other is None or other.name not in parameters or other.shape is None or len(other.shape) != 1:
         return None
     return add, other
 
@@ -134,10 +111,9 @@ def _rotary_tables(model: ir.Model, positions: int) -> None:
     graph = model.graph
     tables: dict[str, ir.Value] = {}
     for node in list(graph):
-        if (node.domain, node.op_type) != (DOMAIN, "Rotary"):
+        if not is_op(node, "Rotary", DOMAIN):
             continue
-        x, cos, sin = node.inputs
-        assert cos is not None and sin is not None
+        x, cos, sin = wired(*node.inputs)
         interleaved = node.attributes["interleaved"].as_int() == 1
         for value in (cos, sin):
             assert value.name is not None
@@ -146,20 +122,26 @@ def _rotary_tables(model: ir.Model, positions: int) -> None:
                 tables[value.name] = constant(graph, f"rotary_table_{len(tables)}", table)
         inputs = [x, tables[str(cos.name)], tables[str(sin.name)], graph.inputs[1]]
         output = insert_before(
-            graph, node, "Rotary", inputs, domain=DOMAIN, like=node.outputs[0], attributes={"interleaved": int(interleaved)}
+            graph,
+            node,
+            "Rotary",
+            inputs,
+            domain=DOMAIN,
+            like=node.outputs[0],
+            attributes={"interleaved": int(interleaved)},
         )
         replace(graph, node, output)
 
 
-def _over_positions(model: ir.Model, value: ir.Value, positions: int) -> np.ndarray:
+def _over_positions(model: ir.Model, value: ir.Value, positions: int) -> NDArray[np.generic]:
     """Return a value that depends on `position_ids` alone, computed at positions 0..positions-1."""
     ids = model.graph.inputs[1]
     part = ir_convenience.extract(model.graph, [ids], [value])
     proto = ir.to_proto(ir.Model(part, ir_version=10))
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    result: np.ndarray = session.run(None, {"position_ids": np.arange(positions, dtype=np.int64)[None]})[0]
-    return np.broadcast_to(result, (1, positions, result.shape[-1]))[0]
+    result = np.asarray(session.run(None, {"position_ids": np.arange(positions, dtype=np.int64)[None]})[0])
+    return np.asarray(np.broadcast_to(result, (1, positions, result.shape[-1]))[0])
 
 
-def _half(table: np.ndarray, interleaved: bool) -> np.ndarray:
+def _half(table: NDArray[np.generic], interleaved: bool) -> NDArray[np.generic]:
     return np.ascontiguousarray(table[:, ::2] if interleaved else table[:, : table.shape[1] // 2])

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from mirror.export.normalize import constant, insert_before
+from mirror.export.graphs import constant, dimension, insert_before, is_op, sizes
 from mirror.export.trace import DOMAIN, Aliases
 
 Parts = tuple[Aliases, ...]  # checkpoint tensors, joined along their first dimension
@@ -26,7 +26,7 @@ def pack_attention(graph: ir.Graph, parts: dict[str, Parts]) -> dict[str, Parts]
     """Pack every layer's projections in place; return the parts that each initializer is now made of."""
     parts = dict(parts)
     for node in list(graph):
-        if (node.domain, node.op_type) != (DOMAIN, "Attention"):
+        if not is_op(node, "Attention", DOMAIN):
             continue
         linears = [_projection(value) for value in node.inputs]
         found = [linear for linear in linears if linear is not None]
@@ -45,7 +45,7 @@ def _projection(value: ir.Value | None) -> ir.Node | None:
             node = node.inputs[0].producer() if node.inputs[0] is not None else None
         elif expected != "Rotary":
             return None
-    return node if node is not None and (node.domain, node.op_type) == (DOMAIN, "Linear") else None
+    return node if is_op(node, "Linear", DOMAIN) else None
 
 
 def _alike(linears: list[ir.Node]) -> bool:
@@ -63,12 +63,12 @@ def _join(graph: ir.Graph, linears: list[ir.Node], parts: dict[str, Parts]) -> N
         inputs.append(_joined_parameter(graph, [value for value in values if value is not None], parts))
     anchor = min(linears, key=lambda node: graph.index(node))
     packed = insert_before(graph, anchor, "Linear", inputs, domain=DOMAIN)
-    sizes = [int(linear.outputs[0].shape[-1]) for linear in linears]  # type: ignore[index, arg-type]
+    widths = [dimension(linear.outputs[0], -1) for linear in linears]
     like = first.outputs[0]
     assert like.shape is not None
-    packed.type, packed.shape = like.type, ir.Shape([*list(like.shape)[:-1], sum(sizes)])
-    split = constant(graph, "split_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
-    node = ir.node("Split", [packed, split], {"axis": -1}, num_outputs=len(sizes))
+    packed.type, packed.shape = like.type, ir.Shape([*list(like.shape)[:-1], sum(widths)])
+    split = constant(graph, "split_" + "_".join(map(str, widths)), np.array(widths, np.int64))
+    node = ir.node("Split", [packed, split], {"axis": -1}, num_outputs=len(widths))
     graph.insert_before(anchor, node)
     for linear, output in zip(linears, node.outputs, strict=True):
         output.type, output.shape = linear.outputs[0].type, linear.outputs[0].shape
@@ -81,10 +81,9 @@ def _joined_parameter(graph: ir.Graph, values: list[ir.Value], parts: dict[str, 
     names = [str(value.name) for value in values]
     name = "+".join([names[0], *(other.rpartition(".")[0].rpartition(".")[2] for other in names[1:])])
     if name not in graph.initializers:
-        first = values[0]
-        assert first.shape is not None
-        rows = sum(int(value.shape[0]) for value in values)  # type: ignore[index, arg-type]
-        joined = ir.Value(name=name, type=first.type, shape=ir.Shape([rows, *list(first.shape)[1:]]))
+        rows = sum(dimension(value, 0) for value in values)
+        shape = ir.Shape([rows, *sizes(values[0])[1:]])
+        joined = ir.Value(name=name, type=values[0].type, shape=shape)
         graph.initializers[name] = joined
         parts[name] = tuple(part for value_name in names for part in parts[value_name])
         for value_name in names:

@@ -27,12 +27,18 @@ from mirror.bundle import (
 )
 from mirror.errors import ExportError
 from mirror.export.cut import Piece, cut_draft, cut_target, exit_layer_of
+from mirror.export.graphs import dtype_of
 
 _SYMBOLS = {"width", "capacity", "rows"}
 
 
 def recut_bundle(
-    bundle: Path, *, exit_layer: str | None = None, gamma: int | None = None, kappa: int | None = None, output: Path | None = None
+    bundle: Path,
+    *,
+    exit_layer: str | None = None,
+    gamma: int | None = None,
+    kappa: int | None = None,
+    output: Path | None = None,
 ) -> Manifest:
     """Cut a bundle anew; in place, or into `output`, which shares the weights by hard links.
 
@@ -87,12 +93,15 @@ def _specs(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
 
 
 def _spec(value: ir.Value) -> TensorSpec:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
+    assert value.name is not None
+    assert value.shape is not None
     shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     unknown = [size for size in shape if isinstance(size, str) and size not in _SYMBOLS]
     if unknown:
-        raise ExportError(f"graph tensor {value.name} has an unknown dimension {unknown[0]}; this model can't be exported")
-    return TensorSpec(value.name, str(value.dtype.numpy()), shape)
+        raise ExportError(
+            f"graph tensor {value.name} has an unknown dimension {unknown[0]}; this model can't be exported"
+        )
+    return TensorSpec(value.name, str(dtype_of(value).numpy()), shape)
 
 
 def _decoding(manifest: Manifest, exit_layer: str | None, gamma: int | None, kappa: int | None) -> Decoding:

@@ -25,9 +25,14 @@ from mirror.bundle import Form, Manifest
 from mirror.errors import SelfCheckError
 from mirror.export.checkpoint import Checkpoint
 from mirror.export.cut import whole_target
+from mirror.export.trace import from_config
 from mirror.export.weights import MemorySource
 
-_TEXTS = ("The three largest cities of France are", "def add(a, b):\n    return", "Once upon a time, 42 birds flew north.")
+_TEXTS = (
+    "The three largest cities of France are",
+    "def add(a, b):\n    return",
+    "Once upon a time, 42 birds flew north.",
+)
 _CHUNKS = (5, 1, 2)  # the prompt's chunks; what is left makes the last one
 _GREEDY_TOKENS = 8
 _SPLIT_TOLERANCE = 1e-3  # of the largest logit; a cut at the same operators is bit-equal or nearly so
@@ -73,7 +78,9 @@ class CheckReport:
     def raise_if_failed(self, *, allowed: bool) -> None:
         """Raise SelfCheckError when there are problems, unless the user allowed them."""
         if self.problems and not allowed:
-            raise SelfCheckError("; ".join(self.problems) + "; add --allow-failed-check to keep the bundle all the same")
+            raise SelfCheckError(
+                "; ".join(self.problems) + "; add --allow-failed-check to keep the bundle all the same"
+            )
 
 
 def check(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> CheckReport:
@@ -131,7 +138,7 @@ def _through_split(folder: Path, manifest: Manifest, prompt: list[int]) -> Path3
 
     def step(tokens: list[int], past: int) -> Logits:
         hidden = prefix.run(tokens, past, {})["hidden_states"]
-        return suffix.run(tokens, past, {"hidden_states": hidden})["logits"][0, -1]
+        return np.asarray(suffix.run(tokens, past, {"hidden_states": hidden})["logits"][0, -1])
 
     tokens, logits = _greedy(step, prompt)
     return prompt, tokens, logits
@@ -164,7 +171,7 @@ def _reference(checkpoint: Checkpoint) -> torch.nn.Module:
     config = copy.deepcopy(checkpoint.config)
     if isinstance(checkpoint.weights, MemorySource):
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+            model = from_config(config, torch.float32, "eager")
         state = {name: torch.from_numpy(array) for name, array in checkpoint.weights.arrays.items()}
         model.load_state_dict(state, assign=True)
         model.tie_weights()
@@ -172,11 +179,13 @@ def _reference(checkpoint: Checkpoint) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path, config=config, dtype=torch.float32, attn_implementation="eager"
         )
-    module: torch.nn.Module = model.eval()
+    module: torch.nn.Module = model.train(False)
     return module
 
 
-def _greedy(step: Callable[[list[int], int], Logits], prompt: list[int], follow: list[int] | None = None) -> tuple[list[int], Logits]:
+def _greedy(
+    step: Callable[[list[int], int], Logits], prompt: list[int], follow: list[int] | None = None
+) -> tuple[list[int], Logits]:
     """Run a prompt in chunks, then greedy tokens (or the given ones); return them and each one's logits."""
     past, rest, logits = 0, list(prompt), np.zeros(0, np.float32)
     for size in (*_CHUNKS, len(prompt)):
@@ -207,7 +216,9 @@ class _Runner:
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.cache: dict[str, ort.OrtValue] = {}
 
-    def run(self, tokens: list[int], past: int, given: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.float32]]:
+    def run(
+        self, tokens: list[int], past: int, given: Mapping[str, NDArray[np.generic]]
+    ) -> dict[str, NDArray[np.float32]]:
         """Run one pass and return the outputs that are not caches."""
         if past == 0:
             self.cache.clear()
@@ -223,7 +234,11 @@ class _Runner:
         binding = self.session.io_binding()
         for spec in self.session.get_inputs():
             name = spec.name
-            value = self._buffer(spec) if name.startswith("past_key_values.") else ort.OrtValue.ortvalue_from_numpy(feeds[name])
+            value = (
+                self._buffer(spec)
+                if name.startswith("past_key_values.")
+                else ort.OrtValue.ortvalue_from_numpy(feeds[name])
+            )
             binding.bind_ortvalue_input(name, value)
         results = []
         for spec in self.session.get_outputs():
@@ -234,7 +249,9 @@ class _Runner:
                 results.append(spec.name)
         self.session.run_with_iobinding(binding)
         names = [spec.name for spec in self.session.get_outputs()]
-        return {name: value.numpy() for name, value in zip(names, binding.get_outputs(), strict=True) if name in results}
+        return {
+            name: value.numpy() for name, value in zip(names, binding.get_outputs(), strict=True) if name in results
+        }
 
     def _buffer(self, spec: ort.NodeArg) -> ort.OrtValue:
         key = spec.name.removeprefix("past_key_values.")
@@ -246,5 +263,9 @@ class _Runner:
 
 
 def _sentence(difference: Difference) -> str:
-    where = "no greedy token differs" if difference.first_token is None else f"greedy token {difference.first_token} differs first"
+    where = (
+        "no greedy token differs"
+        if difference.first_token is None
+        else f"greedy token {difference.first_token} differs first"
+    )
     return f"largest difference {difference.largest:.2e} of the largest logit over {difference.tokens} tokens, {where}"

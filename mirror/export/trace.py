@@ -28,7 +28,7 @@ import onnx_ir as ir
 import torch
 from accelerate import init_empty_weights
 from torch.onnx import ops as onnx_ops
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from mirror.errors import ExportError
@@ -78,12 +78,10 @@ def trace(config: PretrainedConfig, dtype: torch.dtype) -> Traced:
 def hollow(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
     """Return the config's model with parameters that take no memory; buffers are real."""
     with init_empty_weights(include_buffers=False):
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=_IMPLEMENTATION
-        )
-    model.eval()
+        model = from_config(config, dtype, _IMPLEMENTATION)
+    model.tie_weights()  # again: inside, every parameter that is set becomes a new one
+    model.train(False)
     _use_traceable_experts(model)
-    model.tie_weights()
     shared: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -91,6 +89,14 @@ def hollow(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
                 scalar = torch.zeros((), dtype=parameter.dtype)
                 shared[id(parameter)] = torch.nn.Parameter(scalar.expand(parameter.shape), requires_grad=False)
             module.register_parameter(name, shared[id(parameter)])
+    return model
+
+
+def from_config(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Return transformers' causal language model for a config."""
+    build: Any = AutoModelForCausalLM.from_config
+    model: PreTrainedModel = build(config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()
     return model
 
 
@@ -102,11 +108,10 @@ def decoder_layers(model: torch.nn.Module, config: PretrainedConfig) -> torch.nn
     raise ExportError(f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers to cut at")
 
 
-def _use_traceable_experts(model: torch.nn.Module) -> None:
+def _use_traceable_experts(model: PreTrainedModel) -> None:
     # Experts chosen by data can't be looped over in a trace; the batched form gathers their weights.
-    if hasattr(model, "set_experts_implementation"):
-        with contextlib.suppress(ValueError):
-            model.set_experts_implementation("batched_mm")
+    with contextlib.suppress(ValueError):  # models without experts refuse
+        model.set_experts_implementation("batched_mm")
 
 
 class _Decoder(torch.nn.Module):
@@ -159,7 +164,9 @@ def _quiet() -> Iterator[None]:
 
 def _traced(model: ir.Model, module: torch.nn.Module, layers: torch.nn.ModuleList, name: str) -> Traced:
     attentions = {
-        node.attributes["layer"].as_int() for node in model.graph if (node.domain, node.op_type) == (DOMAIN, "Attention")
+        node.attributes["layer"].as_int()
+        for node in model.graph
+        if (node.domain, node.op_type) == (DOMAIN, "Attention")
     }
     missing = sorted(set(range(len(layers))) - attentions)
     if missing:
@@ -231,11 +238,11 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _mark_output(index: int) -> Callable[..., Any]:
+    attributes: dict[str, Any] = {"layer": index}
+
     def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        marked = onnx_ops.symbolic(
-            f"{DOMAIN}::LayerOutput", (hidden,), {"layer": index}, dtype=hidden.dtype, shape=hidden.shape, version=1
-        )
+        marked = _operator("LayerOutput", (hidden,), attributes, hidden)
         return (marked, *output[1:]) if isinstance(output, tuple) else marked
 
     return hook
@@ -253,14 +260,14 @@ def _attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: emit `mirror::Attention`."""
+    """Emit `mirror::Attention`; called through transformers' attention interface."""
     if s_aux is not None:
         raise ExportError("attention sinks have no ONNX operator here")
     if not getattr(module, "is_causal", True):
         raise ExportError("attention is not causal; only decoders can be exported")
-    _, heads, width, head_dim = query.shape
+    heads, width, head_dim = query.shape[1:]
     attributes: dict[str, Any] = {
-        "layer": int(module.layer_idx),  # type: ignore[arg-type]
+        "layer": module.layer_idx,
         "scale": float(head_dim**-0.5 if scaling is None else scaling),
         "window": int(sliding_window or 0),
         "softcap": float(softcap or 0.0),
@@ -280,14 +287,19 @@ AttentionInterface.register(_IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(_IMPLEMENTATION, lambda *args, **kwargs: None)
 
 
+def _operator(
+    name: str, inputs: tuple[torch.Tensor, ...], attributes: dict[str, Any], like: torch.Tensor
+) -> torch.Tensor:
+    """Emit an abstract operator whose output has the type and shape of `like`."""
+    return onnx_ops.symbolic(f"{DOMAIN}::{name}", inputs, attributes, dtype=like.dtype, shape=like.shape, version=1)
+
+
 def _rms_norm(module: torch.nn.Module, offset: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    epsilon = _epsilon(module)
+    attributes: dict[str, Any] = {"epsilon": _epsilon(module)}
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        weight = module.weight + offset if offset else module.weight
-        return onnx_ops.symbolic(
-            f"{DOMAIN}::RMSNorm", (hidden, weight), {"epsilon": epsilon}, dtype=hidden.dtype, shape=hidden.shape, version=1
-        )
+        weight = module.get_parameter("weight")
+        return _operator("RMSNorm", (hidden, weight + offset if offset else weight), attributes, hidden)
 
     return forward
 
@@ -326,15 +338,10 @@ def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
         whole = cos.shape[-1] == q.shape[-1]
         if interleaved is None or args or kwargs or cos.dim() != 3 or q.dim() != 4 or not (whole or partial):
             return original(q, k, cos, sin, *args, **kwargs)
-        return _emit_rotary(q, cos, sin, interleaved), _emit_rotary(k, cos, sin, interleaved)
+        attributes = {"interleaved": int(interleaved)}
+        return tuple(_operator("Rotary", (part, cos, sin), attributes, part) for part in (q, k))
 
     return apply
-
-
-def _emit_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    return onnx_ops.symbolic(
-        f"{DOMAIN}::Rotary", (x, cos, sin), {"interleaved": int(interleaved)}, dtype=x.dtype, shape=x.shape, version=1
-    )
 
 
 def _rotary_layout(original: Callable[..., Any], *, partial: bool) -> bool | None:

@@ -15,9 +15,11 @@ from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from mirror.errors import ExportError
 
+DRAFT_SCOPE = "draft:"
 _ALIGNMENT = 4096  # pages, so that a runtime can map what it reads
 _SAFETENSORS_TYPES = {
     "F64": ir.DataType.DOUBLE,
@@ -27,11 +29,51 @@ _SAFETENSORS_TYPES = {
 }
 
 
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor as a range of bytes of a checkpoint file; nothing is read before `numpy`."""
+
+    path: Path
+    offset: int
+    length: int
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+    def numpy(self) -> NDArray[np.generic]:
+        """Return the values, mapped from the file."""
+        data = np.memmap(self.path, np.uint8, "r", self.offset, (self.length,))
+        return data.view(self.dtype.numpy()).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class MemoryTensor:
+    """A tensor that is in memory already."""
+
+    array: NDArray[np.generic]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return self.array.shape
+
+    def numpy(self) -> NDArray[np.generic]:
+        """Return the values."""
+        return self.array
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint tensor and the key that tells it from every other tensor of the bundle."""
+
+    key: str
+    tensor: FileTensor | MemoryTensor
+
+
 class WeightSource(Protocol):
     """Named checkpoint tensors."""
 
-    def find(self, names: tuple[str, ...]) -> ir.TensorProtocol | None:
-        """Return the tensor with the first of these names that exists."""
+    def find(self, names: tuple[str, ...]) -> Found | None:
+        """Return the tensor that has one of these names; all of them mean the same (tied) tensor."""
         ...
 
 
@@ -39,23 +81,34 @@ class WeightSource(Protocol):
 class SafetensorsSource:
     """The tensors of a checkpoint folder, as byte ranges of its files."""
 
-    tensors: Mapping[str, ir.ExternalTensor]
+    tensors: Mapping[str, FileTensor]
     prefix: str
+    scope: str = ""
 
     @staticmethod
-    def open(folder: Path, prefix: str) -> SafetensorsSource:
-        """Read the headers of the folder's safetensors files; `prefix` is the base model's attribute."""
-        tensors: dict[str, ir.ExternalTensor] = {}
+    def open(folder: Path, prefix: str, scope: str = "") -> SafetensorsSource:
+        """Read the headers of the folder's safetensors files.
+
+        Args:
+            prefix: the base model's attribute, which base-model checkpoints leave out of their names.
+            scope: put in front of keys, to tell two checkpoints of one bundle apart.
+        """
+        tensors: dict[str, FileTensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             tensors.update(_header(path))
-        return SafetensorsSource(tensors, prefix)
+        return SafetensorsSource(tensors, prefix, scope)
 
-    def find(self, names: tuple[str, ...]) -> ir.TensorProtocol | None:
-        """Return a reference to the tensor's bytes; base-model checkpoints leave the prefix out."""
-        for name in names:
+    @staticmethod
+    def of_file(path: Path) -> SafetensorsSource:
+        """Read the header of one file."""
+        return SafetensorsSource(_header(path), "")
+
+    def find(self, names: tuple[str, ...]) -> Found | None:
+        """Return a reference to the tensor's bytes."""
+        for name in sorted(names):
             for key in (name, name.removeprefix(f"{self.prefix}.")):
                 if key in self.tensors:
-                    return self.tensors[key]
+                    return Found(self.scope + key, self.tensors[key])
         return None
 
 
@@ -63,36 +116,43 @@ class SafetensorsSource:
 class MemorySource:
     """Tensors already in memory, from a loaded model."""
 
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, NDArray[np.generic]]
+    scope: str = ""
 
-    def find(self, names: tuple[str, ...]) -> ir.TensorProtocol | None:
+    def find(self, names: tuple[str, ...]) -> Found | None:
         """Return the array."""
-        for name in names:
+        for name in sorted(names):
             if name in self.arrays:
-                return ir.tensor(self.arrays[name], name=name)
+                return Found(self.scope + name, MemoryTensor(self.arrays[name]))
         return None
 
 
-def _header(path: Path) -> dict[str, ir.ExternalTensor]:
+@dataclass(frozen=True)
+class ChainedSource:
+    """Looks in one source after the other: a draft that borrows its target's embedding, say."""
+
+    sources: tuple[WeightSource, ...]
+
+    def find(self, names: tuple[str, ...]) -> Found | None:
+        """Return the first source's tensor."""
+        return next((found for source in self.sources if (found := source.find(names)) is not None), None)
+
+
+def _header(path: Path) -> dict[str, FileTensor]:
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         if length > path.stat().st_size:
-            raise ExportError(f"{path.name} is not a safetensors file: its header claims {length} bytes; fetch it again")
+            raise ExportError(
+                f"{path.name} is not a safetensors file: its header claims {length} bytes; fetch it again"
+            )
         header = json.loads(stream.read(length))
     tensors = {}
     for name, facts in header.items():
         if name == "__metadata__" or facts["dtype"] not in _SAFETENSORS_TYPES:
             continue
         start, end = facts["data_offsets"]
-        tensors[name] = ir.ExternalTensor(
-            path.name,
-            8 + length + start,
-            end - start,
-            _SAFETENSORS_TYPES[facts["dtype"]],
-            shape=ir.Shape(facts["shape"]),
-            name=name,
-            base_dir=path.parent,
-        )
+        dtype = _SAFETENSORS_TYPES[facts["dtype"]]
+        tensors[name] = FileTensor(path, 8 + length + start, end - start, dtype, tuple(facts["shape"]))
     return tensors
 
 
@@ -105,7 +165,9 @@ class WeightFile:
     on_written: Callable[[int], None] = lambda _: None
     _known: dict[str, ir.ExternalTensor] = field(default_factory=dict)
 
-    def store(self, key: str, dtype: ir.DataType, shape: list[int], make: Callable[[], np.ndarray]) -> ir.ExternalTensor:
+    def store(
+        self, key: str, dtype: ir.DataType, shape: list[int], make: Callable[[], NDArray[np.generic]]
+    ) -> ir.ExternalTensor:
         """Return a reference to the tensor `key`, writing what `make` gives if it is not there yet.
 
         Args:

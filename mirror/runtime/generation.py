@@ -1,0 +1,303 @@
+"""The round loop: propose, verify, commit.
+
+One `Generation` makes one answer over one sequence. The target runs on the calling thread, the
+draft in its seat's thread. Whatever the draft does, the tokens are those that the target alone
+would choose; a draft that fails is left out and the answer goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mirror.errors import DraftError
+from mirror.runtime.acceptance import verify
+from mirror.runtime.draft import Draft, Meeting
+from mirror.runtime.records import (
+    Event,
+    FinishReason,
+    Floats,
+    Ints,
+    Lane,
+    Mode,
+    Outcome,
+    Proposal,
+    Rollout,
+    Round,
+    Span,
+)
+from mirror.runtime.sampling import Sampler
+from mirror.runtime.sequence import Sequence
+from mirror.runtime.spans import SpanLog
+from mirror.runtime.stopping import Stopping
+from mirror.runtime.target import ExitState, Target
+from mirror.runtime.worker import DraftSeat, Job
+
+
+@dataclass(frozen=True)
+class RoundShape:
+    """What a round looks like.
+
+    Attributes:
+        gamma: the most draft tokens of a window.
+        prefill_chunk: the most rows of a prefill pass.
+        wants_exit: whether the rollout waits for the exit's candidates.
+    """
+
+    gamma: int
+    prefill_chunk: int
+    wants_exit: bool
+
+
+@dataclass
+class _Overlap:
+    """A rollout under way."""
+
+    meeting: Meeting
+    job: Job[Rollout]
+
+
+class Generation:
+    """One answer, made round by round.
+
+    Attributes:
+        finish_reason: why it ended; None while it goes on.
+        rounds: the rounds so far.
+        prefill_passes: target passes over the prompt.
+        prefill_spans: their times.
+        events: what the user should hear of.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        seat: DraftSeat | None,
+        sequence: Sequence,
+        sampler: Sampler,
+        stopping: Stopping,
+        *,
+        mode: Mode,
+        shape: RoundShape,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self._target = target
+        self._seat = seat
+        self._sequence = sequence
+        self._sampler = sampler
+        self._stopping = stopping
+        self._mode = mode
+        self._shape = shape
+        self._cancelled = cancelled
+        self._log = SpanLog(Lane.TARGET)
+        self._draft_spans: list[Span] = []
+        self._prepared: tuple[int, ...] | None = None
+        self._reading: Job[None] | None = None
+        self.finish_reason: FinishReason | None = None
+        self.rounds: list[Round] = []
+        self.events: list[Event] = []
+        self.prefill_passes = 0
+        self.prefill_spans: tuple[Span, ...] = ()
+
+    def run(self) -> Iterator[tuple[int, ...]]:
+        """Yield the tokens of each commit, until the answer ends or the caller closes the iterator."""
+        try:
+            self._start_draft()
+            if first := self._prefill():
+                yield first
+            while self._goes_on():
+                yield self.step()
+        finally:
+            self._sequence.settle()
+            self._let_draft_end()
+
+    def step(self) -> tuple[int, ...]:
+        """Run one round; return the tokens that it committed."""
+        start_s, mode, first = time.perf_counter(), self._mode, len(self._sequence)
+        window = self._propose()
+        overlap = self._start_rollout(window)
+        outcome = self._verify(window, overlap)
+        committed = self._commit((*window[1 : outcome.accepted + 1].tolist(), outcome.next_token))
+        self._sequence.cached = first + outcome.accepted
+        rollout = self._collect(overlap, outcome)
+        self._note(mode, window, outcome, len(committed), rollout, start_s)
+        return committed
+
+    def _goes_on(self) -> bool:
+        if self.finish_reason is None and self._cancelled():
+            self.finish_reason = FinishReason.CANCELLED
+        return self.finish_reason is None
+
+    # The prompt.
+
+    def _start_draft(self) -> None:
+        """Let the draft read the prompt, at the same time as the target where they overlap."""
+        if self._seat is None:
+            return
+        tokens, kept, mode = self._sequence.tokens.copy(), self._sequence.cached, self._mode
+
+        def read(draft: Draft) -> None:
+            # In plain mode too: the context changes, and a later answer may go on from it.
+            draft.keep(kept)
+            if mode is not Mode.PLAIN:
+                draft.read(tokens)
+
+        self._reading = self._seat.start(read)
+        if self._mode is Mode.SERIAL:
+            self._wait_reading()
+
+    def _wait_reading(self) -> None:
+        if self._reading is not None and self._seat is not None:
+            job, self._reading = self._reading, None
+            try:
+                with self._log.span("draft_prefill_wait"):
+                    self._seat.finish(job)
+            except DraftError as error:
+                self._lose_draft(error)
+
+    def _prefill(self) -> tuple[int, ...]:
+        """Run the prompt and commit its first answer token; nothing if cancelled on the way."""
+        sequence, logits = self._sequence, None
+        while logits is None and self._goes_on():
+            waiting = sequence.tokens[sequence.cached :]
+            with self._log.span("prefill"):
+                rows, logits = self._target.prefill(waiting, sequence.cached, self._shape.prefill_chunk)
+            sequence.cached += rows
+            self.prefill_passes += 1
+        self.prefill_spans = self._log.take()
+        if logits is None:
+            return ()
+        return self._commit((self._choose(logits, len(sequence)),))
+
+    # One round.
+
+    @property
+    def _room(self) -> int:
+        """How many tokens may still be committed."""
+        return min(self._stopping.left, self._sequence.room)
+
+    def _propose(self) -> Ints:
+        """Return the window: the last token, and what the draft says comes next."""
+        prepared, self._prepared = self._prepared, None
+        count = min(self._shape.gamma, self._room - 1)
+        if prepared is None and count > 0 and self._mode is not Mode.PLAIN:
+            prepared = self._redraft(count)
+        last = self._sequence.tokens[-1:]
+        return np.concatenate([last, np.array((prepared or ())[:count], np.int64)])
+
+    def _redraft(self, count: int) -> tuple[int, ...]:
+        """Return a proposal made while the target waits."""
+        self._wait_reading()
+        if self._mode is Mode.PLAIN or self._seat is None:
+            return ()
+        tokens = self._sequence.tokens
+        job: Job[Proposal] = self._seat.start(lambda draft: draft.propose(tokens, count))
+        try:
+            with self._log.span("redraft"):
+                proposal = self._seat.finish(job)
+        except DraftError as error:
+            self._lose_draft(error)
+            return ()
+        self._draft_spans.extend(proposal.spans)
+        return proposal.tokens
+
+    def _start_rollout(self, window: Ints) -> _Overlap | None:
+        """Send the draft off to continue every likely outcome of this window."""
+        # The next window has at most one token less than there is room for, and begins with x_0.
+        depth = min(self._shape.gamma, self._room - 2)
+        if self._mode is not Mode.MIRROR or self._seat is None or depth < 1:
+            return None
+        tokens, meeting = self._sequence.tokens, Meeting()
+        return _Overlap(meeting, self._seat.start(lambda draft: draft.roll_out(tokens, window, depth, meeting)))
+
+    def _verify(self, window: Ints, overlap: _Overlap | None) -> Outcome:
+        """Run the target over the window and compare."""
+        try:
+            logits = self._run_target(window, overlap)
+            position = len(self._sequence)
+            with self._log.span("verify"):
+                outcome = verify(window.tolist(), lambda row: self._choose(logits[row], position + row))
+        except BaseException:
+            if overlap is not None:
+                overlap.meeting.abandon()
+            raise
+        if overlap is not None:
+            overlap.meeting.decide(outcome)
+        return outcome
+
+    def _run_target(self, window: Ints, overlap: _Overlap | None) -> Floats:
+        """Return the window's logits, float32 [width, vocab]; offer the exit's candidates on the way."""
+        state = self._run_prefix(window)
+        if overlap is not None and self._shape.wants_exit:
+            with self._log.span("exit_head"):
+                candidates = self._target.run_exit_head(state)
+            overlap.meeting.offer(candidates)
+        with self._log.span("suffix"):
+            return self._target.run_suffix(state)
+
+    def _run_prefix(self, window: Ints) -> ExitState:
+        with self._log.span("prefix"):
+            return self._target.run_prefix(window, len(self._sequence) - 1)
+
+    def _choose(self, logits: Floats, position: int) -> int:
+        token = self._sampler.choose(logits, position)
+        self._sampler.see(token)
+        return token
+
+    def _commit(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Append the tokens that count and note whether they end the answer."""
+        kept, self.finish_reason = self._stopping.cut(tokens[: self._sequence.room])
+        self._sequence.append(kept)
+        if self.finish_reason is None and self._sequence.room == 0:
+            self.finish_reason = FinishReason.LENGTH
+        return kept
+
+    def _collect(self, overlap: _Overlap | None, outcome: Outcome) -> Rollout | None:
+        """Wait for the rollout and take over the branch that fits, if any."""
+        if overlap is None or self._seat is None:
+            return None
+        if self.finish_reason is not None:
+            overlap.meeting.abandon()
+        try:
+            with self._log.span("rollout_wait"):
+                rollout = self._seat.finish(overlap.job)
+        except DraftError as error:
+            self._lose_draft(error)
+            return None
+        self._draft_spans.extend(rollout.spans)
+        self._prepared = rollout.find(outcome)
+        return rollout
+
+    def _note(
+        self, mode: Mode, window: Ints, outcome: Outcome, committed: int, rollout: Rollout | None, start_s: float
+    ) -> None:
+        wanted = rollout is not None and self.finish_reason is None
+        self.rounds.append(
+            Round(
+                mode=mode,
+                proposed=window.size - 1,
+                accepted=outcome.accepted,
+                committed=committed,
+                reused=self._prepared is not None if wanted else None,
+                branches=len(rollout.branches) if rollout is not None else 0,
+                start_s=start_s,
+                end_s=time.perf_counter(),
+                spans=self._log.take() + tuple(self._draft_spans),
+            )
+        )
+        self._draft_spans.clear()
+
+    def _lose_draft(self, error: DraftError) -> None:
+        self._mode = Mode.PLAIN
+        self._prepared = None
+        self.events.append(Event("draft_lost", str(error)))
+
+    def _let_draft_end(self) -> None:
+        """Wait until the draft's thread is idle, so that the next generation finds it so."""
+        if self._seat is not None and self._seat.lost is None:
+            try:
+                self._seat.finish(self._seat.start(lambda draft: None))
+            except DraftError as error:
+                self._lose_draft(error)

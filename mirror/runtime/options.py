@@ -1,0 +1,66 @@
+"""What a user may choose: at loading, and for one generation. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mirror.errors import RequestError
+from mirror.runtime.candidates import CandidateSource
+from mirror.runtime.records import Mode
+from mirror.runtime.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Choices that hold as long as a bundle is loaded; None takes the bundle's or the machine's.
+
+    Attributes:
+        mode: how tokens are made; `generate` may say otherwise, over the same sessions.
+        threads: CPU threads in all; None takes one per physical core.
+        max_length: tokens that a context may have.
+        gamma: draft tokens of a window.
+        kappa: branches that leave after each window position.
+        fanout: the same, per position, gamma + 1 counts; overrides kappa.
+        candidates: where the branches' first tokens come from.
+        pinned: every target pass after prefill runs at width gamma + 1.
+        draft_timeout_s: how long to wait for the draft before it counts as hung.
+    """
+
+    mode: Mode = Mode.MIRROR
+    threads: int | None = None
+    max_length: int | None = None
+    gamma: int | None = None
+    kappa: int | None = None
+    fanout: tuple[int, ...] | None = None
+    candidates: CandidateSource = CandidateSource.BOTH
+    pinned: bool = False
+    draft_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_length", "gamma", "kappa"):
+            found = getattr(self, name)
+            if found is not None and found < 1:
+                raise RequestError(f"{name} is {found}; it must be 1 or more")
+        if self.draft_timeout_s <= 0:
+            raise RequestError(f"draft_timeout_s is {self.draft_timeout_s}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Choices for one generation.
+
+    Attributes:
+        max_new_tokens: the most tokens of the answer.
+        sampling: how a token is chosen.
+        stop: strings that end the text.
+        mode: how tokens are made; None takes the engine's.
+    """
+
+    max_new_tokens: int = 128
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    mode: Mode | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")

@@ -1,0 +1,107 @@
+"""The target on its device: three segments, two caches, one pass at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mirror.runtime.feeds import FeedPool, chunk_width, fit_width
+from mirror.runtime.records import Candidates, Floats, Ints
+from mirror.targets.base import KVCache, LoadedSegment, Tensor, to_host
+
+
+@dataclass(frozen=True)
+class TargetSegments:
+    """The target's graphs, loaded on one device, with their caches."""
+
+    prefix: LoadedSegment
+    exit_head: LoadedSegment
+    suffix: LoadedSegment
+    prefix_cache: KVCache
+    suffix_cache: KVCache
+
+
+@dataclass(frozen=True)
+class ExitState:
+    """A pass between prefix and suffix: the exit layer's state, on the target's device.
+
+    Attributes:
+        feeds: the pass's inputs with `hidden_states` [1, width, hidden].
+        rows: real rows; the others are padding.
+    """
+
+    feeds: Mapping[str, Tensor]
+    past_length: int
+    rows: int
+    width: int
+
+
+class Target:
+    """Runs passes over tokens; keeps no count of them (the sequence does).
+
+    Args:
+        capacity: slots of the caches.
+        max_positions: positions that the model knows.
+        pinned_width: the width of every pass but prefill's, and of its logits; None lets it vary.
+    """
+
+    def __init__(
+        self, segments: TargetSegments, *, capacity: int, max_positions: int, pinned_width: int | None
+    ) -> None:
+        self._segments = segments
+        self._capacity = capacity
+        self._pinned_width = pinned_width
+        self._pool = FeedPool(capacity, max_positions)
+        self._rows = np.arange(capacity, dtype=np.int64)
+
+    def run_prefix(self, tokens: Ints, past_length: int) -> ExitState:
+        """Run the layers below the exit over a window, int64 [n]; write slots `past_length..`."""
+        rows = tokens.shape[0]
+        return self._prefix(tokens, past_length, fit_width(self._segments.prefix.widths, self._pinned_width or rows))
+
+    def run_exit_head(self, state: ExitState) -> Candidates:
+        """Return the exit's candidates for each real row of a pass."""
+        outputs = self._segments.exit_head.run(state.feeds, None, state.past_length)
+        return Candidates(
+            to_host(outputs["candidate_ids"])[0, : state.rows],
+            to_host(outputs["candidate_logprobs"])[0, : state.rows],
+        )
+
+    def run_suffix(self, state: ExitState) -> Floats:
+        """Return the logits of each real row, float32 [rows, vocab]; valid until the next pass."""
+        # Pinned: the LM head too must run on the same number of rows in every pass.
+        first, last = 0, (state.width if self._pinned_width else state.rows)
+        return self._suffix(state, first, last)
+
+    def prefill(self, tokens: Ints, past_length: int, chunk: int) -> tuple[int, Floats | None]:
+        """Run one chunk of a prompt.
+
+        Args:
+            tokens: int64 [n], the prompt's tokens that the cache doesn't hold yet.
+            past_length: slots filled before.
+            chunk: the most rows of a pass.
+
+        Returns:
+            How many tokens were run, and the last one's logits, float32 [vocab], if that was all.
+        """
+        rows, width = chunk_width(
+            self._segments.prefix.widths, min(chunk, tokens.shape[0]), self._capacity - past_length
+        )
+        state = self._prefix(tokens[:rows], past_length, width)
+        logits = self._suffix(state, rows - 1, rows)
+        return rows, logits[0] if rows == tokens.shape[0] else None
+
+    def _prefix(self, tokens: Ints, past_length: int, width: int) -> ExitState:
+        feeds = self._pool.at(width)
+        feeds.fill_causal(tokens, past_length)
+        outputs = self._segments.prefix.run(feeds.tensors, self._segments.prefix_cache, past_length)
+        feeds.tensors["hidden_states"] = outputs["hidden_states"]
+        return ExitState(feeds.tensors, past_length, tokens.shape[0], width)
+
+    def _suffix(self, state: ExitState, first: int, last: int) -> Floats:
+        feeds = {**state.feeds, "logit_rows": self._rows[first:last]}
+        outputs = self._segments.suffix.run(feeds, self._segments.suffix_cache, state.past_length)
+        logits: Floats = to_host(outputs["logits"])[0]
+        return logits

@@ -1,0 +1,40 @@
+"""How many CPU threads a target and a draft on the same CPU get."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mirror.runtime.records import Mode
+
+
+def physical_cores() -> int:
+    """Return the physical cores that this process may use; hyper-threads share one."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    return len({_siblings(cpu) for cpu in allowed})
+
+
+def _siblings(cpu: int) -> str:
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return str(cpu)
+
+
+def split_threads(total: int, mode: Mode, *, shared: bool) -> tuple[int, int]:
+    """Return the threads of the target and of the draft.
+
+    In plain and serial mode one waits for the other, so each gets all. In mirror mode on a shared
+    CPU they run at the same time, and a thread too many makes both wait at every layer: the draft
+    gets a quarter, at least one, and the target the rest.
+
+    Args:
+        shared: whether both run on this machine's CPU.
+    """
+    if mode is not Mode.MIRROR or not shared or total < 2:
+        return total, total
+    draft = max(1, total // 4)
+    return total - draft, draft

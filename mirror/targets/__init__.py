@@ -1,0 +1,55 @@
+"""The devices of this machine, by name.
+
+Importing this package loads no runtime library; opening or listing devices loads those that it
+needs. ONNX Runtime and OpenVINO both report usage by default; here neither does.
+"""
+
+from __future__ import annotations
+
+import os
+
+from mirror.errors import DeviceError
+from mirror.targets.base import Device
+from mirror.targets.names import DeviceFamily, DeviceName, parse_device_name
+from mirror.targets.survey import DeviceInfo, list_devices
+
+__all__ = ["DeviceFamily", "DeviceInfo", "DeviceName", "list_devices", "open_device", "parse_device_name"]
+
+# ONNX Runtime reads this when it is imported, which only modules of this package do.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+def open_device(name: str) -> Device:
+    """Return a device by the name that a user writes: `cpu`, `cuda:0`, `openvino:CPU|GPU|NPU`.
+
+    Raises:
+        DeviceError: no such name, or the device or its library isn't there; the message says what
+            to install.
+    """
+    parsed = parse_device_name(name)
+    match parsed.family:
+        case DeviceFamily.CPU:
+            from mirror.targets.cpu import CpuDevice
+
+            return CpuDevice()
+        case DeviceFamily.CUDA:
+            from mirror.targets.cuda import open_cuda
+
+            return open_cuda(int(parsed.unit))
+        case DeviceFamily.OPENVINO:
+            return _open_openvino(parsed)
+
+
+def _open_openvino(name: DeviceName) -> Device:
+    """Open ONNX Runtime's plugin where it lists the device, OpenVINO itself where it doesn't."""
+    from mirror.targets.survey import openvino_missing, plugin_units
+
+    if name.unit in plugin_units():
+        from mirror.targets.openvino_plugin import open_plugin_device
+
+        return open_plugin_device(name.unit, name.precision)
+    if (missing := openvino_missing()) is not None:
+        raise DeviceError(f"{name} isn't there: {missing}")
+    from mirror.targets.openvino import open_native_device
+
+    return open_native_device(name.unit, name.precision)

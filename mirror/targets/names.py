@@ -1,0 +1,81 @@
+"""Device names as users write them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from mirror.errors import DeviceError
+
+
+class DeviceFamily(Enum):
+    """Which runtime serves a device."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    OPENVINO = "openvino"
+
+
+class Precision(Enum):
+    """The arithmetic that a device computes in, whatever its weights are stored as."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+
+
+@dataclass(frozen=True)
+class DeviceName:
+    """A device name taken apart.
+
+    Attributes:
+        unit: which one of the family: empty for the CPU, a number for CUDA, OpenVINO's own name
+            (`CPU`, `GPU`, `GPU.1`, `NPU`) for OpenVINO.
+        precision: the arithmetic asked for, None for the device's default.
+    """
+
+    family: DeviceFamily
+    unit: str = ""
+    precision: Precision | None = None
+
+    def __str__(self) -> str:
+        """The name without its precision."""
+        return f"{self.family.value}:{self.unit}" if self.unit else self.family.value
+
+
+_CHOICES = "cpu, cuda:0 (a number), openvino:CPU, openvino:GPU (or GPU.1), openvino:NPU"
+_UNITS = {
+    DeviceFamily.CPU: re.compile(r""),
+    DeviceFamily.CUDA: re.compile(r"0|[1-9]\d{0,2}"),
+    DeviceFamily.OPENVINO: re.compile(r"CPU|NPU|GPU(\.\d{1,2})?"),
+}
+
+
+def parse_device_name(text: str) -> DeviceName:
+    """Return a device name taken apart: `family[:unit[:precision]]`, as in `openvino:CPU:bf16`.
+
+    Raises:
+        DeviceError: the name is none of the known ones; the message lists them.
+    """
+    family_text, _, rest = text.strip().partition(":")
+    unit, _, precision_text = rest.partition(":")
+    try:
+        family = DeviceFamily(family_text.lower())
+    except ValueError:
+        raise DeviceError(f"no device is called {text!r}; the names are {_CHOICES}") from None
+    unit = unit.upper()
+    if _UNITS[family].fullmatch(unit) is None or (rest and not unit):
+        raise DeviceError(f"{text!r} doesn't say which {family.value} device; the names are {_CHOICES}")
+    return DeviceName(family, unit, _precision(text, family, precision_text))
+
+
+def _precision(text: str, family: DeviceFamily, precision: str) -> Precision | None:
+    if not precision:
+        return None
+    if family is not DeviceFamily.OPENVINO:
+        raise DeviceError(f"{text!r} asks for a precision; only openvino devices take one, as in openvino:CPU:bf16")
+    try:
+        return Precision(precision.lower())
+    except ValueError:
+        raise DeviceError(f"{text!r} asks for precision {precision!r}; the choices are f32, f16, bf16") from None

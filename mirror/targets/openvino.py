@@ -1,0 +1,327 @@
+"""Intel CPUs, GPUs and NPUs (and other x86 CPUs) by OpenVINO itself.
+
+OpenVINO keeps no cache in place: a graph in rows form reads the cache and returns the new rows, and
+this module writes them to their slots, in host memory that the graph reads without a copy. It knows
+shapes, tensors and requests; what to compile for is decided in `static_shapes`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mirror.bundle import Form, Graph, LayerKV, Segment, TensorSpec, kv_names
+from mirror.errors import DeviceError
+from mirror.targets.base import Array, KVCache, Tensor, to_host
+from mirror.targets.names import Precision
+from mirror.targets.openvino_settings import (
+    check_precision,
+    compile_settings,
+    default_precision,
+    kernel_cache,
+    rows_graph,
+)
+from mirror.targets.static_shapes import (
+    PRESENT_PREFIX,
+    PassShape,
+    concrete,
+    covering_shape,
+    first_shapes,
+    host_inputs,
+    past_name,
+    width_input,
+)
+from mirror.targets.survey import no_such_unit
+
+
+def _import_quietly() -> Any:
+    """Return the openvino module, imported without the usage report that its import sends.
+
+    The report goes through the module `openvino_telemetry`; without it, openvino has a stub.
+    """
+    reporter = "openvino_telemetry"
+    before = sys.modules.get(reporter)
+    sys.modules[reporter] = None  # type: ignore[assignment]  # None makes its import fail
+    try:
+        import openvino
+    finally:
+        del sys.modules[reporter]
+        if before is not None:
+            sys.modules[reporter] = before
+    return openvino
+
+
+ov = _import_quietly()
+
+_ELEMENT_TYPES = {
+    "float32": ov.Type.f32,
+    "float16": ov.Type.f16,
+    "bfloat16": ov.Type.bf16,
+    "int64": ov.Type.i64,
+    "int32": ov.Type.i32,
+}
+
+# Each static width holds its own copy of the weights, laid out for its kernels. Up to this much in
+# all, a segment gets static widths (2 to 10% faster); past it, one program of free width serves all.
+_STATIC_WEIGHTS_BYTES = 1 << 30
+
+
+class OpenVinoCache:
+    """KV buffers of some layers, `[1, heads, capacity, head_dim]` each, in host memory.
+
+    Attributes:
+        tensors: each buffer as a request takes it, by its `past_key_values` name.
+    """
+
+    def __init__(self, layers: Sequence[LayerKV], capacity: int) -> None:
+        self._capacity = capacity
+        self.tensors: dict[str, Any] = {}
+        for layer in layers:
+            shape = (1, layer.heads, capacity, layer.head_dim)
+            for name in kv_names("past_key_values", layer.layer):
+                tensor = ov.Tensor(_ELEMENT_TYPES[layer.dtype], ov.Shape(shape))
+                tensor.data[...] = 0
+                self.tensors[name] = tensor
+        self._arrays = {name: tensor.data for name, tensor in self.tensors.items()}
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots."""
+        return self._capacity
+
+    def write_rows(self, name: str, rows: Array, past_length: int) -> None:
+        """Copy new rows `[1, heads, width, head_dim]` to slots `past_length..`; those past the end are dropped."""
+        kept = min(rows.shape[2], self._capacity - past_length)
+        self._arrays[name][:, :, past_length : past_length + kept] = rows[:, :, :kept]
+
+
+class _Program:
+    """One compiled shape: a request whose buffers are bound once.
+
+    Attributes:
+        outputs: catalogue outputs by name, written by every run.
+    """
+
+    def __init__(self, request: Any, graph: Graph, sizes: Mapping[str, int]) -> None:
+        self._request = request
+        self._staging = {spec.name: _bound_buffer(request, spec, sizes) for spec in host_inputs(graph)}
+        buffers = {spec.name: _bound_buffer(request, spec, sizes) for spec in graph.outputs}
+        self.outputs = {name: array for name, array in buffers.items() if not name.startswith(PRESENT_PREFIX)}
+        self._new_rows = {past_name(name): array for name, array in buffers.items() if name not in self.outputs}
+        self._cache: OpenVinoCache | None = None
+
+    def run(self, host: Mapping[str, Array], cache: OpenVinoCache | None, past_length: int) -> None:
+        """Run one pass over host-computed inputs and write its new rows to the cache."""
+        for name, buffer in self._staging.items():
+            _stage(buffer, host[name], padded=name == "logit_rows")
+        if cache is not None and cache is not self._cache:
+            self._read_from(cache)
+        self._request.infer(share_outputs=True)  # returns after the last output is written
+        if cache is not None:
+            for name, rows in self._new_rows.items():
+                cache.write_rows(name, rows, past_length)
+
+    def _read_from(self, cache: OpenVinoCache) -> None:
+        for name in self._new_rows:
+            self._request.set_tensor(name, cache.tensors[name])
+        self._cache = cache
+
+
+class OpenVinoSegment:
+    """One graph on one OpenVINO device, a program per compiled shape."""
+
+    def __init__(self, name: str, compiler: _Compiler, graph: Graph, widths: Sequence[int]) -> None:
+        self.name = name
+        self._compiler = compiler
+        self._widths = tuple(sorted(set(widths)))
+        self._width_input = width_input(graph)
+        self._names = frozenset(spec.name for spec in host_inputs(graph))
+        self._keeps_cache = len(self._names) < len(graph.inputs)
+        self._programs = {shape: compiler.program(shape) for shape in first_shapes(graph, widths)}
+
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """The widths that it was compiled for."""
+        return self._widths
+
+    @property
+    def input_names(self) -> frozenset[str]:
+        """The catalogue inputs that the graph declares."""
+        return self._names
+
+    def run(self, feeds: Mapping[str, Tensor], cache: KVCache | None, past_length: int) -> Mapping[str, Tensor]:
+        """Run one pass; see `base.LoadedSegment.run`.
+
+        Raises:
+            DeviceError: the width was not compiled, the cache is another device's, or the pass failed.
+        """
+        host = {name: to_host(feeds[name]) for name in self._names}
+        name, axis = self._width_input
+        rows = host["logit_rows"].shape[0] if "logit_rows" in host else 0
+        program = self._program(PassShape(host[name].shape[axis], rows))
+        try:
+            program.run(host, self._own(cache), past_length)
+        except RuntimeError as error:
+            raise DeviceError(f"{self.name} failed on {self._compiler.name}: {_plain(error)}") from error
+        if not rows:
+            return program.outputs
+        return {**program.outputs, "logits": program.outputs["logits"][:, :rows]}
+
+    def _program(self, wanted: PassShape) -> _Program:
+        if wanted.width not in self._widths:
+            raise DeviceError(
+                f"{self.name} is loaded for widths {self._widths}, asked for {wanted.width}; load it for it"
+            )
+        shape = covering_shape(self._programs, wanted)
+        if shape not in self._programs:
+            self._programs[shape] = self._compiler.program(shape)
+        return self._programs[shape]
+
+    def _own(self, cache: KVCache | None) -> OpenVinoCache | None:
+        if not self._keeps_cache:
+            return None
+        slots = self._compiler.capacity
+        if isinstance(cache, OpenVinoCache) and cache.capacity == slots:
+            return cache
+        raise DeviceError(f"{self.name} needs a cache of {slots} slots made by {self._compiler.name}, got {cache!r}")
+
+
+class _Compiler:
+    """One read model, compiled for one shape after another, or once for every width."""
+
+    def __init__(
+        self, name: str, unit: str, path: Path, graph: Graph, capacity: int, settings: Mapping[str, Any]
+    ) -> None:
+        """Read a model; `name` is the device's, for messages."""
+        self.name = name
+        self.capacity = capacity
+        self._unit = unit
+        self._path = path
+        self._graph = graph
+        self._settings = settings
+        self._core = ov.Core()
+        self._model = self._read()
+        self._shared: Any = None
+
+    @property
+    def weights_bytes(self) -> int:
+        """The bytes of the model's weights, once."""
+        constants = (node for node in self._model.get_ops() if node.get_type_name() == "Constant")
+        return sum(int(node.get_byte_size()) for node in constants)
+
+    def share(self) -> None:
+        """Compile once, with the width left free, for all requests from now on."""
+        self._shared = self._compile({"width": -1, "rows": -1, "capacity": self.capacity})
+
+    def program(self, shape: PassShape) -> _Program:
+        """Return a program of a shape: compiled for it, or a request of the shared one."""
+        sizes = shape.sizes(self.capacity)
+        compiled = self._shared or self._compile(sizes)
+        return _Program(compiled.create_infer_request(), self._graph, sizes)
+
+    def _read(self) -> Any:
+        try:
+            return self._core.read_model(self._path)
+        except RuntimeError as error:
+            raise DeviceError(f"OpenVINO can't read {self._path.name}: {_plain(error)}") from error
+
+    def _compile(self, sizes: Mapping[str, int]) -> Any:
+        shapes = {spec.name: ov.PartialShape(list(concrete(spec, sizes))) for spec in self._graph.inputs}
+        try:
+            self._model.reshape(shapes)
+            return self._core.compile_model(self._model, self._unit, dict(self._settings))
+        except RuntimeError as error:
+            raise DeviceError(f"{self.name} can't compile {self._path.name}: {_plain(error)}") from error
+
+
+class OpenVinoDevice:
+    """One OpenVINO device.
+
+    Attributes:
+        precision: the arithmetic it computes in.
+    """
+
+    def __init__(self, unit: str, precision: Precision, kernel_cache: Path | None) -> None:
+        """Take a device as it is; `open_native_device` checks that it is there.
+
+        Args:
+            unit: OpenVINO's name for it, such as `CPU` or `GPU.0`.
+            kernel_cache: where compiled programs are kept for the next start, None for nowhere.
+        """
+        self.precision = precision
+        self._unit = unit
+        self._kernel_cache = kernel_cache
+
+    @property
+    def name(self) -> str:
+        """As the user writes it, without the precision."""
+        return f"openvino:{self._unit}"
+
+    @property
+    def form(self) -> Form:
+        """The cache form of the graphs that this device takes."""
+        return Form.ROWS
+
+    def load_segment(
+        self, folder: Path, segment: Segment, *, capacity: int, widths: Sequence[int], threads: int
+    ) -> OpenVinoSegment:
+        """Load a segment of the bundle at `folder`; see `base.Device.load_segment`.
+
+        Raises:
+            DeviceError: the bundle lacks the rows form, or OpenVINO can't take the graph.
+        """
+        graph = rows_graph(segment, self.name)
+        settings = compile_settings(self._unit, self.precision, threads, self._kernel_cache)
+        compiler = _Compiler(self.name, self._unit, folder / graph.file, graph, capacity, settings)
+        if self._unit != "NPU" and compiler.weights_bytes * len(set(widths)) > _STATIC_WEIGHTS_BYTES:
+            compiler.share()
+        return OpenVinoSegment(segment.name, compiler, graph, widths)
+
+    def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> OpenVinoCache:
+        """Return a zeroed cache for these layers."""
+        return OpenVinoCache(layers, capacity)
+
+
+def open_native_device(unit: str, precision: Precision | None) -> OpenVinoDevice:
+    """Return a device by OpenVINO's name for it.
+
+    Raises:
+        DeviceError: OpenVINO doesn't see it, or it can't compute in that precision.
+    """
+    units = list(available_units())
+    if unit not in units and f"{unit}.0" not in units:
+        raise DeviceError(f"openvino:{unit} isn't there: {no_such_unit(unit, units)}")
+    check_precision(unit, precision)
+    return OpenVinoDevice(unit, precision or default_precision(unit), kernel_cache(unit))
+
+
+def available_units() -> dict[str, str]:
+    """Return the devices that OpenVINO sees, with the hardware's own names."""
+    core = ov.Core()
+    return {unit: str(core.get_property(unit, "FULL_DEVICE_NAME")) for unit in core.available_devices}
+
+
+def _bound_buffer(request: Any, spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+    """Give a request a buffer for one input or output; return it as an array of the spec's shape and dtype."""
+    tensor = ov.Tensor(_ELEMENT_TYPES[spec.dtype], ov.Shape(concrete(spec, sizes)))
+    request.set_tensor(spec.name, tensor)
+    array: Array = tensor.data
+    return array
+
+
+def _stage(buffer: Array, values: Array, *, padded: bool) -> None:
+    """Copy one input to where the request reads it; a shorter `logit_rows` repeats its last row."""
+    if padded:
+        buffer[: values.shape[0]] = values
+        buffer[values.shape[0] :] = values[-1]
+    else:
+        buffer[...] = values
+
+
+def _plain(error: RuntimeError) -> str:
+    """Return what an OpenVINO error says, without the places in its sources."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    return " ".join(said[:4]) or repr(error)

@@ -1,0 +1,143 @@
+"""Segments and caches on ONNX Runtime: slots, bindings, and what a refused pass says."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from mirror.bundle import Form, Graph, LayerKV, Segment, TensorSpec, read_manifest
+from mirror.errors import DeviceError
+from mirror.runtime.feeds import FeedPool
+from mirror.targets.cpu import CpuDevice
+from mirror.targets.onnxruntime_session import (
+    Buffer,
+    Memory,
+    OnnxRuntimeCache,
+    OnnxRuntimeDevice,
+    Provider,
+    make_buffer,
+)
+from tests.lookup import Lookup, LookupBundle, random_table, write_bundle
+
+CAPACITY = 12
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = Lookup(random_table(1, 31, 11))
+    return write_bundle(tmp_path_factory.mktemp("session") / "b", LookupBundle(target, target))
+
+
+@pytest.mark.parametrize("form", list(Form))
+def test_rows_land_in_their_slots_and_nowhere_else(bundle: Path, form: Form) -> None:
+    device = CpuDevice(form)
+    segment = read_manifest(bundle).segments["target_prefix"]
+    loaded = device.load_segment(bundle, segment, capacity=CAPACITY, widths=[3], threads=1)
+    cache = device.make_cache(segment.kv, CAPACITY)
+    buffer = cache.buffers["past_key_values.0.key"].array
+    assert buffer is not None
+    buffer[:] = -5
+    pool = FeedPool(CAPACITY, 100)
+    feeds = pool.at(3)
+    feeds.fill_causal(np.array([4, 5, 6]), 2)
+    loaded.run(feeds.tensors, cache, 2)
+    expected = np.full(CAPACITY, -5.0)
+    expected[2:5] = [4 * 3, 5 * 4, 6 * 5]  # id * (1 + position % 7)
+    assert buffer[0, 0, :, 0].tolist() == expected.tolist()
+
+
+def test_both_forms_compute_the_same(bundle: Path) -> None:
+    outputs = []
+    for form in Form:
+        device = CpuDevice(form)
+        segment = read_manifest(bundle).segments["draft"]
+        loaded = device.load_segment(bundle, segment, capacity=CAPACITY, widths=[1, 3], threads=1)
+        cache = device.make_cache(segment.kv, CAPACITY)
+        pool, tokens = FeedPool(CAPACITY, 100), []
+        for past, ids in ((0, [1, 2, 3]), (3, [4]), (2, [9, 9, 9])):
+            feeds = pool.at(len(ids))
+            feeds.fill_causal(np.array(ids), past)
+            tokens.append(np.array(loaded.run(feeds.tensors, cache, past)["token_ids"]).tolist())
+        outputs.append(tokens)
+    assert outputs[0] == outputs[1]
+
+
+def test_device_tensors_are_bound_as_they_are(tmp_path: Path) -> None:
+    """bfloat16 has no numpy form, so such a state can only pass from graph to graph by its buffer."""
+    spec = (TensorSpec("hidden_states", "bfloat16", (1, "width", 2)),)
+    names = [_cast_graph(tmp_path, "give", "float32", "bfloat16"), _cast_graph(tmp_path, "take", "bfloat16", "float32")]
+    floats = TensorSpec("position_ids", "float32", (1, "width"))
+    give = _load(tmp_path, Graph(names[0], (floats,), spec))
+    take = _load(tmp_path, Graph(names[1], (TensorSpec("hidden_states", "bfloat16", (1, "width")),), (floats,)))
+    for values in ([[1.0, 2.0]], [[3.0, -4.0]]):
+        positions = np.array(values, np.float32)
+        state = make_buffer(Memory(), "bfloat16", (1, 2))
+        assert state.array is None
+        out = give.run({"position_ids": positions}, None, 0)["hidden_states"]
+        assert isinstance(out, Buffer)
+        back = take.run({"position_ids": positions, "hidden_states": out}, None, 0)["position_ids"]
+        assert np.array_equal(back, positions)  # type: ignore[arg-type]
+
+
+def _cast_graph(folder: Path, name: str, source: str, target: str) -> str:
+    types = {"float32": TensorProto.FLOAT, "bfloat16": TensorProto.BFLOAT16}
+    ends = {"float32": "position_ids", "bfloat16": "hidden_states"}
+    graph = helper.make_graph(
+        [helper.make_node("Cast", [ends[source]], [ends[target]], to=types[target])],
+        name,
+        [helper.make_tensor_value_info(ends[source], types[source], [1, "width"])],
+        [helper.make_tensor_value_info(ends[target], types[target], [1, "width"])],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), folder / f"{name}.onnx"
+    )
+    return f"{name}.onnx"
+
+
+def _load(folder: Path, graph: Graph) -> "object":
+    if graph.outputs[0].name == "hidden_states":
+        graph = Graph(graph.file, graph.inputs, (TensorSpec("hidden_states", "bfloat16", (1, "width")),))
+    segment = Segment("target_prefix", (), {Form.INPLACE: graph})
+    return CpuDevice().load_segment(folder, segment, capacity=1, widths=[2], threads=1)
+
+
+def test_bindings_of_many_widths_do_not_pile_up(bundle: Path) -> None:
+    segment = read_manifest(bundle).segments["target_prefix"]
+    loaded = CpuDevice().load_segment(bundle, segment, capacity=200, widths=[1], threads=1)
+    cache = CpuDevice().make_cache(segment.kv, 200)
+    pool = FeedPool(200, 300)
+    for width in range(1, 60):
+        feeds = pool.at(width)
+        feeds.fill_causal(np.arange(width) % 11, 0)
+        loaded.run(feeds.tensors, cache, 0)
+    assert len(loaded._bound) == 32
+
+
+def test_a_cache_of_another_device_is_refused(bundle: Path) -> None:
+    segment = read_manifest(bundle).segments["target_prefix"]
+    loaded = CpuDevice().load_segment(bundle, segment, capacity=CAPACITY, widths=[1], threads=1)
+    feeds = FeedPool(CAPACITY, 100).at(1)
+    feeds.fill_causal(np.array([1]), 0)
+    with pytest.raises(DeviceError, match="target_prefix keeps a KV cache"):
+        loaded.run(feeds.tensors, None, 0)
+
+
+def test_a_provider_that_is_not_there_is_an_error_and_no_cpu_in_its_place(bundle: Path) -> None:
+    device = OnnxRuntimeDevice("nowhere:0", Provider("NowhereExecutionProvider"))
+    segment = read_manifest(bundle).segments["exit_head"]
+    with pytest.raises(DeviceError, match=r"nowhere:0 needs NowhereExecutionProvider, this onnxruntime offers .*CPU"):
+        device.load_segment(bundle, segment, capacity=1, widths=[1], threads=1)
+
+
+def test_caches_start_zeroed_in_every_dtype() -> None:
+    layers = [LayerKV(0, 2, 3, "float32"), LayerKV(1, 2, 3, "float16"), LayerKV(2, 2, 3, "bfloat16")]
+    cache = OnnxRuntimeCache(layers, 5, Memory())
+    assert cache.capacity == 5
+    assert set(cache.buffers) == {f"past_key_values.{layer}.{part}" for layer in range(3) for part in ("key", "value")}
+    for name, buffer in cache.buffers.items():
+        assert list(buffer.value.shape()) == [1, 2, 5, 3]
+        assert (buffer.array is None) == (".2." in name)
+        if buffer.array is not None:
+            assert not buffer.array.any()

@@ -1,0 +1,188 @@
+"""The target's choice: greedy ties, transformers' processing order, and the law of a draw."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mirror.errors import DeviceError, RequestError
+from mirror.runtime import sampling
+from mirror.runtime.noise import gumbel, philox, uniforms
+from mirror.runtime.sampling import Kept, Sampler, SamplingParams, draw, process
+from tests.lookup import chi_square, chi_square_limit, random_table, softmax
+
+NO_CONTEXT = np.zeros(0, np.int64)
+FALSE_ALARM = 1e-7
+
+
+# The noise.
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0, 0, 0, 0], (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF), [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            (0xA4093822, 0x299F31D0),
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_published_answers(counter: list[int], key: tuple[int, int], expected: list[int]) -> None:
+    words = philox(np.array(counter, np.uint64)[:, None], key)
+    assert words[:, 0].tolist() == expected
+
+
+def test_noise_depends_on_seed_position_and_token_only() -> None:
+    tokens = np.arange(50)
+    base = uniforms(3, 10, tokens)
+    assert np.array_equal(base[[7, 3]], uniforms(3, 10, np.array([7, 3])))
+    for other in (uniforms(4, 10, tokens), uniforms(3, 11, tokens), uniforms(3 + 2**32, 10, tokens)):
+        assert not np.isin(other, base).any()
+
+
+def test_uniforms_lie_strictly_inside_the_unit_interval() -> None:
+    # The extreme words: (2**52 - 1 + 0.5) / 2**52 must not round to 1.
+    assert ((2**52 - 1) + 0.5) * 2.0**-52 < 1.0
+    values = uniforms(0, 0, np.arange(100_000))
+    assert values.min() > 0
+    assert values.max() < 1
+    # Mean 1/2 within 6 standard errors: false alarm 2e-9.
+    assert abs(values.mean() - 0.5) < 6 / math.sqrt(12 * values.size)
+    assert np.isfinite(gumbel(values)).all()
+
+
+# Processing.
+
+
+def _transformers_law(logits: np.ndarray, params: SamplingParams, context: list[int]) -> np.ndarray:
+    torch = pytest.importorskip("torch")
+    process_module = pytest.importorskip("transformers.generation.logits_process")
+    scores, ids = torch.tensor(logits)[None], torch.tensor([context])
+    if params.repetition_penalty != 1:
+        scores = process_module.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
+    if params.temperature != 1:
+        scores = process_module.TemperatureLogitsWarper(params.temperature)(ids, scores)
+    if params.top_k:
+        scores = process_module.TopKLogitsWarper(params.top_k)(ids, scores)
+    if params.top_p < 1:
+        scores = process_module.TopPLogitsWarper(params.top_p)(ids, scores)
+    if params.min_p:
+        scores = process_module.MinPLogitsWarper(params.min_p)(ids, scores)
+    law: np.ndarray = torch.softmax(scores.double(), -1)[0].numpy()
+    return law
+
+
+@pytest.mark.parametrize("vocab", [7, 300])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(0.7),
+        SamplingParams(1.0, top_k=5),
+        SamplingParams(1.5, top_p=0.8),
+        SamplingParams(1.0, top_p=0.999),
+        SamplingParams(1.0, min_p=0.1),
+        SamplingParams(0.8, top_k=100, top_p=0.9, min_p=0.02, repetition_penalty=1.3),
+        SamplingParams(1.0, repetition_penalty=0.8),
+    ],
+)
+def test_processed_law_is_that_of_transformers(params: SamplingParams, vocab: int) -> None:
+    for seed in range(5):
+        logits = random_table(seed, 1, vocab)[0]
+        context = [0, 3, 3, 6]
+        seen = np.zeros(vocab, np.bool_)
+        seen[context] = True
+        kept = process(logits, params, seen)
+        ours = np.zeros(vocab)
+        ours[kept.ids] = np.exp(kept.scores) / np.exp(kept.scores).sum()
+        theirs = _transformers_law(logits, params, context)
+        assert np.array_equal(ours > 0, theirs > 0)
+        assert np.allclose(ours, theirs, atol=1e-6)
+
+
+def test_top_p_reaches_past_the_first_guess_of_its_size() -> None:
+    kept = process(np.zeros(1000, np.float32), SamplingParams(1.0, top_p=0.75), None)
+    # All alike: ties go to the lower ids, and 750 of them reach the mass.
+    assert kept.ids.tolist() == list(range(750))
+
+
+def test_greedy_takes_the_lowest_id_on_ties_and_minds_the_penalty() -> None:
+    logits = np.array([1, 4, 4, -2], np.float32)
+    assert Sampler(SamplingParams(), 4, NO_CONTEXT).choose(logits, 0) == 1
+    assert Sampler(SamplingParams(repetition_penalty=2.0), 4, np.array([1])).choose(logits, 0) == 2
+    sampler = Sampler(SamplingParams(repetition_penalty=2.0), 4, np.array([1]))
+    sampler.see(2)
+    assert sampler.choose(np.array([1, 4, 4, 2.5], np.float32), 0) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_an_error(temperature: float, bad: float) -> None:
+    with pytest.raises(DeviceError, match="greatest logit"):
+        Sampler(SamplingParams(temperature), 3, NO_CONTEXT).choose(np.array([0, bad, 1], np.float32), 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
+)
+def test_params_out_of_range_are_refused_by_name(arguments: dict[str, float]) -> None:
+    (name,) = arguments
+    with pytest.raises(RequestError, match=f"{name} is .*; it must be"):
+        SamplingParams(**arguments)  # type: ignore[arg-type]
+
+
+# The draw.
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(2, 200))
+@settings(max_examples=50)
+def test_a_draw_is_repeatable_and_inside_the_support(seed: int, position: int, vocab: int) -> None:
+    kept = process(random_table(vocab, 1, vocab)[0], SamplingParams(1.0, top_p=0.9), None)
+    token = draw(kept, seed, position)
+    assert token in kept.ids
+    assert token == draw(kept, seed, position)
+
+
+@pytest.mark.parametrize("head", [1, 4, 64])
+def test_draws_follow_the_law_with_and_without_a_tail(head: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chi-square over 10,000 positions; a false alarm has odds below 1e-7."""
+    monkeypatch.setattr(sampling, "HEAD_TOKENS", head)
+    logits = random_table(1, 1, 12, spread=1.0)[0]
+    kept = process(logits, SamplingParams(1.0), None)
+    drawn = np.array([draw(kept, 11, position) for position in range(10_000)])
+    statistic, degrees = chi_square(np.bincount(drawn, minlength=12), softmax(logits))
+    assert statistic < chi_square_limit(degrees, FALSE_ALARM)
+
+
+def test_equal_weights_in_a_wide_support_all_come_equally_often() -> None:
+    """100 tokens of which 36 share a Gumbel; 20,000 draws, false alarm below 1e-7."""
+    kept = Kept(np.arange(100), np.zeros(100))
+    drawn = np.array([draw(kept, 5, position) for position in range(20_000)])
+    statistic, degrees = chi_square(np.bincount(drawn, minlength=100), np.full(100, 1 / 100))
+    assert statistic < chi_square_limit(degrees, FALSE_ALARM)
+
+
+def test_draws_at_neighbouring_positions_are_independent() -> None:
+    """Chi-square of pairs; false alarm below 1e-7."""
+    logits = random_table(2, 1, 5, spread=0.5)[0]
+    kept = process(logits, SamplingParams(1.0), None)
+    drawn = np.array([draw(kept, 3, position) for position in range(10_001)])
+    pairs = np.bincount(drawn[:-1] * 5 + drawn[1:], minlength=25)
+    statistic, degrees = chi_square(pairs, np.outer(softmax(logits), softmax(logits)).ravel())
+    assert statistic < chi_square_limit(degrees, FALSE_ALARM)

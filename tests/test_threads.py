@@ -1,0 +1,62 @@
+"""Threads of a target and a draft on one CPU, and the draft's own thread."""
+
+import threading
+
+import pytest
+
+from mirror.errors import DraftError
+from mirror.runtime.records import Mode
+from mirror.runtime.threads import physical_cores, split_threads
+from mirror.runtime.worker import DraftSeat
+
+
+@pytest.mark.parametrize("total", range(1, 20))
+def test_a_shared_cpu_is_never_oversubscribed_in_mirror_mode(total: int) -> None:
+    target, draft = split_threads(total, Mode.MIRROR, shared=True)
+    assert min(target, draft) >= 1
+    assert target + draft == max(total, 2)
+    assert target >= draft
+
+
+@pytest.mark.parametrize("mode", [Mode.PLAIN, Mode.SERIAL])
+def test_those_that_take_turns_get_all(mode: Mode) -> None:
+    assert split_threads(6, mode, shared=True) == (6, 6)
+    assert split_threads(6, Mode.MIRROR, shared=False) == (6, 6)
+
+
+def test_cores_are_counted() -> None:
+    assert physical_cores() >= 1
+
+
+class _Idle:
+    """A draft that is never asked."""
+
+
+def test_jobs_run_in_order_on_one_other_thread() -> None:
+    seat = DraftSeat(_Idle(), 5.0)  # type: ignore[arg-type]
+    jobs = [seat.start(lambda draft, item=item: (item, threading.get_ident())) for item in range(5)]
+    results = [seat.finish(job) for job in jobs]
+    assert [item for item, _ in results] == list(range(5))
+    assert {thread for _, thread in results} == {results[0][1]} != {threading.get_ident()}
+    seat.close()
+
+
+def test_a_raising_draft_is_lost_with_its_reason() -> None:
+    seat = DraftSeat(_Idle(), 5.0)  # type: ignore[arg-type]
+
+    def fail(draft: object) -> None:
+        raise ValueError("bad weights")
+
+    with pytest.raises(DraftError, match=r"ValueError: bad weights.*plain mode"):
+        seat.finish(seat.start(fail))
+    assert "bad weights" in (seat.lost or "")
+    seat.close()
+
+
+def test_a_hung_draft_is_lost_after_the_timeout_and_closing_does_not_wait() -> None:
+    seat = DraftSeat(_Idle(), 0.05)  # type: ignore[arg-type]
+    never = threading.Event()
+    with pytest.raises(DraftError, match=r"no answer within 0.05 s"):
+        seat.finish(seat.start(lambda draft: never.wait()))
+    seat.close()
+    never.set()
