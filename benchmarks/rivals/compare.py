@@ -91,6 +91,12 @@ def _rival(name: str, venv: str, model: str, *options: str, note: str = "") -> A
     return Arm(name, (*run, "--threads", "{threads}", *options), note)
 
 
+def _mirror(name: str, bundle: str, *options: str, note: str = "") -> Arm:
+    """Mirror itself, on a bundle exported with the n-gram draft."""
+    run = ("{python}", "-m", "mirror.bench.arm", "{root}/models/" + bundle)
+    return Arm(name, (*run, "--threads", "{threads}", *options), note)
+
+
 ARMS: tuple[Arm, ...] = (
     _rival(REFERENCE, "weights", "hf", note="float32 throughout"),
     _rival("genai-fp32", "genai", "models/genai-fp32", note="float32 throughout"),
@@ -111,8 +117,12 @@ ARMS: tuple[Arm, ...] = (
     _rival("llamacpp-Q4_0", "llamacpp", "models/llamacpp/Q4_0.gguf", note="float16 cache"),
     _rival("llamacpp-F32-lookup", "llamacpp", "models/llamacpp/F32.gguf", "--lookup"),
     _rival("llamacpp-Q4_0-lookup", "llamacpp", "models/llamacpp/Q4_0.gguf", "--lookup"),
-    # Mirror's arms go here, for example:
-    # Arm("mirror-fp32", ("{python}", "-m", "mirror", ..., "--threads", "{threads}")),
+    _mirror("mirror-fp32", "mirror-fp32", note="float32 throughout"),
+    _mirror("mirror-int8", "mirror-int8", note="int8 activations"),
+    _mirror("mirror-int4", "mirror-int4", note="int8 activations"),
+    _mirror("mirror-fp32-ngram", "mirror-fp32", "--mode", "serial"),
+    _mirror("mirror-int8-ngram", "mirror-int8", "--mode", "serial"),
+    _mirror("mirror-int4-ngram", "mirror-int4", "--mode", "serial"),
 )
 
 
