@@ -103,6 +103,15 @@ def test_converted_weights_are_written_once(tmp_path: Path, llama: Path) -> None
     assert stored * 2 <= size < stored * 2 + pages
 
 
+def test_bf16_is_written_though_no_cpu_runtime_computes_it(tmp_path: Path, llama: Path) -> None:
+    report = export_bundle(str(llama), tmp_path / "bundle", dataclasses.replace(OPTIONS, precision="bf16"))
+    assert report.check.skipped is not None
+    weight = ir.load(tmp_path / "bundle" / "target_prefix.onnx").graph.initializers["model.layers.0.mlp.up_proj.weight"]
+    assert weight.const_value.dtype is ir.DataType.BFLOAT16
+    expected = load_file(llama / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].bfloat16()
+    assert weight.const_value.tobytes() == expected.view(torch.int16).numpy().tobytes()
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantised_bundles_are_near_the_checkpoint(precision: str, tmp_path: Path, llama: Path) -> None:
     report = export_bundle(str(llama), tmp_path / "bundle", dataclasses.replace(OPTIONS, precision=precision))

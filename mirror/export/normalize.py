@@ -18,7 +18,7 @@ import onnx_ir.passes.common as ir_passes
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from mirror.export.graphs import constant, insert_before, int64s, is_op, producer_input, replace, wired
+from mirror.export.graphs import constant, dtype_of, insert_before, int64s, is_op, producer_input, replace, wired
 from mirror.export.trace import DOMAIN, Aliases, Traced
 
 WIDTH = "width"
@@ -137,10 +137,16 @@ def _over_positions(model: ir.Model, value: ir.Value, positions: int) -> NDArray
     """Return a value that depends on `position_ids` alone, computed at positions 0..positions-1."""
     ids = model.graph.inputs[1]
     part = ir_convenience.extract(model.graph, [ids], [value])
+    # numpy, and so the session's result, has no bfloat16.
+    widened = ir.node("Cast", [part.outputs[0]], {"to": int(ir.DataType.FLOAT)})
+    part.append(widened)
+    part.outputs[0] = widened.outputs[0]
+    widened.outputs[0].name, widened.outputs[0].type = "widened", ir.TensorType(ir.DataType.FLOAT)
     proto = ir.to_proto(ir.Model(part, ir_version=10))
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     result = np.asarray(session.run(None, {"position_ids": np.arange(positions, dtype=np.int64)[None]})[0])
-    return np.asarray(np.broadcast_to(result, (1, positions, result.shape[-1]))[0])
+    table = np.asarray(np.broadcast_to(result, (1, positions, result.shape[-1]))[0])
+    return table.astype(dtype_of(value).numpy(), copy=False)
 
 
 def _half(table: NDArray[np.generic], interleaved: bool) -> NDArray[np.generic]:

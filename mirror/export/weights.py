@@ -178,7 +178,7 @@ class WeightFile:
             with self.path.open("ab") as stream:
                 stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
                 offset = stream.tell()
-                stream.write(data.data if data.size else b"")
+                stream.write(data.reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer of its own
             self.on_written(data.nbytes)
             self._known[key] = self._reference(key, dtype, shape, offset, data.nbytes)
         known = self._known[key]
