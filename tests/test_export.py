@@ -167,6 +167,18 @@ def test_a_draft_of_all_layers_is_the_target(tmp_path: Path, llama: Path) -> Non
     assert draft[-1] == _Target(tmp_path / "bundle", Form.INPLACE).run(tokens, 0).argmax()
 
 
+def test_another_model_can_be_the_draft_if_it_shares_the_tokens(tmp_path: Path, llama: Path) -> None:
+    other = make_checkpoint("qwen2", tmp_path / "qwen2", num_hidden_layers=2)
+    report = export_bundle(str(llama), tmp_path / "bundle", dataclasses.replace(OPTIONS, draft=str(other)))
+    assert report.manifest.draft is not None
+    assert (report.manifest.draft.kind, report.manifest.draft.layers) == ("model", 2)
+    linked = {path.name for path in (tmp_path / "bundle" / "weights").iterdir()}
+    assert {"model.safetensors", "draft-model.safetensors"} <= linked
+    small = make_checkpoint("qwen2", tmp_path / "small", vocab_size=64)
+    with pytest.raises(ExportError, match=r"another tokenizer than .* \(vocabulary 64 against 96\)"):
+        export_bundle(str(llama), tmp_path / "never", dataclasses.replace(OPTIONS, draft=str(small)))
+
+
 def test_a_trained_head_and_draft_are_taken_and_checked(tmp_path: Path, llama: Path) -> None:
     distilled = _distilled(tmp_path / "distilled", llama)
     report = export_bundle(str(llama), tmp_path / "bundle", dataclasses.replace(OPTIONS, draft=str(distilled)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from mirror.errors import ExportError
-from mirror.export.checkpoint import Checkpoint
+from mirror.export.checkpoint import Checkpoint, tokenizer_fingerprint
 from mirror.export.trace import Aliases, Traced
 
 _LAYER_INDEX = re.compile(r"^(.*?\.(?:layers|h|blocks)\.)(\d+)(\..*)$")
@@ -72,9 +72,10 @@ def check_same_tokens(target: Checkpoint, draft: Checkpoint, target_print: str, 
     """Refuse a draft whose tokenizer is not the target's.
 
     Raises:
-        ExportError: the token-to-id maps differ.
+        ExportError: the token-to-id maps differ; without tokenizers, the vocabularies' sizes.
     """
-    if target_print != draft_print:
+    unknown = draft_print == tokenizer_fingerprint(None) and draft.config.vocab_size != target.config.vocab_size
+    if target_print != draft_print or unknown:
         raise ExportError(
             f"draft {draft.name} has another tokenizer than {target.name} (vocabulary "
             f"{draft.config.vocab_size} against {target.config.vocab_size}); use a draft with the target's tokenizer"
