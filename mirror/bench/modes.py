@@ -145,7 +145,9 @@ def main(
     _print(summary)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**provenance("mirror.bench.modes"), "bundle": bundle.name, "arms": summary}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({**provenance("mirror.bench.modes"), "bundle": bundle.name, "arms": summary}, indent=1) + "\n"
+        )
 
 
 def _arms(modes: Sequence[str], target_device: str, draft_devices: Sequence[str]) -> Iterator[Arm]:

@@ -127,6 +127,8 @@ class Emitter:
         """Return int32 `[stop]`: 0, 1, 2...; `stop` is int32 `[1]`."""
         key = f"range.{stop.name}.{id(stop)}"
         if key not in self._cached:
-            scalar = self.op("Squeeze", [stop])
-            self._cached[key] = self.op("Range", [self.int32(0), scalar, self.int32(1)])
+            # In int64, the type of shapes: shape inference takes an int32 size apart from its own zero and one.
+            wide = self.op("Squeeze", [self.cast(stop, ir.DataType.INT64)])
+            zero, one = (self.constant(f"int64_scalar_{n}", np.array(n, np.int64)) for n in (0, 1))
+            self._cached[key] = self.cast(self.op("Range", [zero, wide, one]), ir.DataType.INT32)
         return self._cached[key]

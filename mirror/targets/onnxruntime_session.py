@@ -195,7 +195,9 @@ class OnnxRuntimeSegment:
             buffer.array[...] = values
         else:
             buffer.value.update_inplace(np.ascontiguousarray(values))
-        if bound.passed.get(name) is not buffer.value:
+        # Where the graph reads an input in another memory than the buffer's (a size that a GPU's graph
+        # wants on the host, say), binding makes a copy, which later writes to the buffer don't reach.
+        if not self._provider.memory.is_host or bound.passed.get(name) is not buffer.value:
             bound.binding.bind_ortvalue_input(name, buffer.value)
             bound.passed[name] = buffer.value
 
