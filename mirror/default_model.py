@@ -23,6 +23,7 @@ from mirror.errors import ExportError
 
 CACHE_VARIABLE = "MIRROR_CACHE"
 EXPORT_MODULES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate")
+_DRAFT_RECORD = "distill.json"
 INSTALL_EXPORT = 'pip install "mirror-sd[export]"'
 
 
@@ -52,7 +53,7 @@ class DefaultOptions:
     kappa: int = 8
     max_length: int = 2048
     precision: str = "fp32"
-    draft: str = "layers:0,10,19,29"
+    draft: str = "ngram"
 
 
 DEFAULT_MODEL = PackagedModel(
@@ -63,7 +64,15 @@ DEFAULT_MODEL = PackagedModel(
     size_bytes=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-DEFAULT_OPTIONS = DefaultOptions()
+
+
+def trained_draft() -> Path | None:
+    """Return the folder of the draft and exit head trained for the default model; None outside a source checkout."""
+    folder = Path(__file__).resolve().parent.parent / "models" / "smollm2-135m-instruct"
+    return folder if (folder / _DRAFT_RECORD).is_file() else None
+
+
+DEFAULT_OPTIONS = DefaultOptions(draft=str(trained_draft() or DefaultOptions.draft))
 
 # Exports a checkpoint file into a folder that doesn't exist yet.
 Exporter = Callable[[Path, Path, DefaultOptions], None]
@@ -100,9 +109,16 @@ def cache_folder() -> Path:
 
 def default_bundle_path(model: PackagedModel = DEFAULT_MODEL, options: DefaultOptions = DEFAULT_OPTIONS) -> Path:
     """Return where the default bundle belongs: another model, option or schema has another place."""
-    facts = {"model": model.sha256, "options": dataclasses.asdict(options), "schema": SCHEMA_VERSION}
+    described = {**dataclasses.asdict(options), "draft": _draft_identity(options.draft)}
+    facts = {"model": model.sha256, "options": described, "schema": SCHEMA_VERSION}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     return cache_folder() / "bundles" / f"{model.name.lower()}-{options.precision}-{key}"
+
+
+def _draft_identity(draft: str) -> str:
+    """Return what tells one draft from another, wherever it lies: a trained one's record names its training."""
+    record = Path(draft) / _DRAFT_RECORD
+    return file_sha256(record) if record.is_file() else draft
 
 
 def ensure_default_bundle(

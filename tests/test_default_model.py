@@ -150,3 +150,15 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr("sys.platform", "linux")
     assert cache_folder() == Path.home() / ".cache" / "mirror"
+
+
+def test_the_trained_draft_is_the_default_and_part_of_the_key(tmp_path: Path) -> None:
+    trained = default_model.trained_draft()
+    assert trained is not None
+    assert str(trained) == DEFAULT_OPTIONS.draft
+    places = set()
+    for name, record in (("one", "1"), ("two", "2"), ("moved", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "distill.json").write_text(record, encoding="utf-8")
+        places.add(default_bundle_path(options=dataclasses.replace(DEFAULT_OPTIONS, draft=str(tmp_path / name))))
+    assert len(places) == 2  # what it is counts, not where it lies

@@ -32,7 +32,7 @@ def main(bundle: Path, mode: str, threads: int | None, draft_device: str, candid
         bundle, mode=mode, threads=threads, draft_device=draft_device, candidates=candidates, pinned=pinned
     ) as engine:
         ready = {"ready": True, "load_s": time.perf_counter() - start_s, "model_bytes": sum(weights)}
-        print(json.dumps({**ready, "versions": provenance("mirror.bench.arm")["versions"]}), flush=True)
+        _say({**ready, "versions": provenance("mirror.bench.arm")["versions"]})
         for line in sys.stdin:
             request = json.loads(line)
             result = engine.generate_tokens(request["prompt_ids"], max_new_tokens=request["max_new_tokens"])
@@ -44,7 +44,11 @@ def main(bundle: Path, mode: str, threads: int | None, draft_device: str, candid
                 "decode_tokens_per_s": numbers.decode_tokens_per_s,
                 "stats": {"tokens_per_round": numbers.tokens_per_round, "acceptance_rate": numbers.acceptance_rate},
             }
-            print(json.dumps(answer), flush=True)
+            _say(answer)
+
+
+def _say(line: dict[str, object]) -> None:
+    click.echo(json.dumps(line))  # flushes at each line
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""What is asked of the target: prompts from files, and prompts that the target makes up itself.
+
+A target that was tuned on chats writes a user's turn when it is given an open one (Magpie,
+arXiv 2406.08464): questions of its own training's kind, in any number. Passages it writes about
+given topics become tasks on long texts: summaries, translations, questions with passages.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mirror.errors import ExportError
+
+_SENTINEL = "\u2063mirror\u2063"
+_FIELDS = ("prompt", "instruction", "question")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to ask; `kind` names where it came from."""
+
+    kind: str
+    text: str
+
+
+class ChatFormat:
+    """The target's chat template around one user turn, as token ids."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._before, self._after = self._surroundings()
+
+    def prompt(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a conversation of one user turn, open for the answer."""
+        return self._ids(self._before + text.strip() + self._after)
+
+    def open_turn(self) -> tuple[int, ...]:
+        """Return the ids that lead to a user's turn, for the target to write one."""
+        return self._ids(self._before)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=not self._tokenizer.chat_template).input_ids)
+
+    def _surroundings(self) -> tuple[str, str]:
+        if not self._tokenizer.chat_template:
+            return "", "\n"
+        messages = [{"role": "user", "content": _SENTINEL}]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, found, after = text.partition(_SENTINEL)
+        if not found:
+            raise ExportError("the target's chat template drops the user's message; training needs one that keeps it")
+        return before, after
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Return the prompts of a JSONL file: its `prompt`, `instruction` or `question`, with `input` where there is one.
+
+    Raises:
+        ExportError: the file isn't there, or a line has none of these fields (named by number).
+    """
+    if not path.is_file():
+        raise ExportError(
+            f"no prompts at {path}; give a JSONL file with a prompt, instruction or question on every line"
+        )
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [Prompt(path.stem, _prompt_text(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def topics(prompts: Iterable[Prompt], count: int, seed: int) -> list[str]:
+    """Return pairs of content words out of prompts, to write passages about."""
+    words = sorted({word for prompt in prompts for word in re.findall(r"\b[a-z]{6,12}\b", prompt.text)})
+    if not words:
+        return []
+    source = random.Random(f"topics {seed}")
+    return [" and ".join(source.sample(words, min(2, len(words)))) for _ in range(count)]
+
+
+def passage_requests(about: Sequence[str]) -> list[Prompt]:
+    """Return prompts that make the target write passages to build tasks on, by turns of three kinds."""
+    forms = (
+        ("german", "Schreibe einen deutschen Satz aus einer Nachricht über: {}. Antworte nur auf Deutsch."),
+        ("article", "Write a detailed news report of several paragraphs about {}, with names, places and quotes."),
+        ("passage", "Write a factual encyclopedia paragraph about {}."),
+    )
+    return [Prompt(forms[i % 3][0], forms[i % 3][1].format(topic)) for i, topic in enumerate(about)]
+
+
+def passage_tasks(passages: Sequence[Prompt], questions: Sequence[str], seed: int) -> list[Prompt]:
+    """Return tasks on passages that the target wrote: translate, summarise, answer from passages."""
+    source = random.Random(f"tasks {seed}")
+    by_kind: dict[str, list[str]] = {"german": [], "article": [], "passage": []}
+    for passage in passages:
+        by_kind[passage.kind].append(passage.text)
+    tasks = [Prompt("translate", f"{source.choice(_TRANSLATE)} {text}") for text in by_kind["german"]]
+    tasks += [
+        Prompt("summarise", f"{source.choice(_SUMMARISE)} {text}") for text in _longer(by_kind["article"], source)
+    ]
+    if questions:
+        for text in by_kind["passage"]:
+            parts = [text, *source.choices(by_kind["passage"], k=source.randint(1, 4))]
+            source.shuffle(parts)
+            tasks.append(Prompt("answer", "\n".join([*parts, _question(text, questions, source)])))
+    return tasks
+
+
+_TRANSLATE = (
+    "Translate German to English:",
+    "Translate from German into English:",
+    "Translate this German text to English:",
+)
+_SUMMARISE = ("Summarize:", "Summarize the following article:", "Give a short summary of this text:")
+
+
+def _longer(articles: list[str], source: random.Random) -> list[str]:
+    """Return the articles, every other one followed by one or two more: long prompts occur too."""
+    return ["\n".join([text, *source.choices(articles, k=i % 3)]) for i, text in enumerate(articles)]
+
+
+def _question(passage: str, questions: Sequence[str], source: random.Random) -> str:
+    subject = passage.split(".")[0].strip()[:80]
+    return source.choice(
+        (source.choice(questions), f"What do the texts say about this: {subject}?", f"Describe {subject}.")
+    )
+
+
+def _prompt_text(path: Path, number: int, line: str) -> str:
+    record = json.loads(line)
+    field = next((name for name in _FIELDS if isinstance(record.get(name), str)), None)
+    if field is None:
+        raise ExportError(
+            f"{path}:{number} has none of the fields {', '.join(_FIELDS)}; give one of them on every line"
+        )
+    given = record.get("input") or next((item.get("input") for item in record.get("instances", [])), "")
+    return f"{record[field]}\n{given}" if given else str(record[field])
