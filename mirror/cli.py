@@ -33,7 +33,22 @@ DEBUG = "mirror.debug"
 
 
 class MirrorGroup(click.Group):
-    """A command group that turns errors into messages and exit codes."""
+    """A command group that turns errors into messages and exit codes.
+
+    `distill` brings its own command, which is loaded when it is asked for.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands' names, sorted."""
+        return sorted([*super().list_commands(ctx), "distill"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command by its name."""
+        if cmd_name != "distill":
+            return super().get_command(ctx, cmd_name)
+        from mirror.distill.__main__ import main as distill
+
+        return distill
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""

@@ -17,7 +17,9 @@ found, `hint:` what to do), 2 wrong usage, 130 Ctrl-C.
 
 def reference() -> str:
     """Return the whole page."""
-    pages = [page(name, command) for name, command in sorted(main.commands.items())]
+    context = click.Context(main)
+    commands = [(name, main.get_command(context, name)) for name in main.list_commands(context)]
+    pages = [page(name, command) for name, command in commands if command is not None]
     return "\n".join([HEAD, *pages])
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.convenience as ir_convenience
 
 from mirror.bundle import Form, LayerKV
-from mirror.export.distilled import ADAPTER_EPSILON, ADAPTER_TENSORS, adapter_name
+from mirror.export.distilled import ADAPTER_TENSORS, EPSILON_KEY, adapter_name
 from mirror.export.emit import Emitter
 from mirror.export.graphs import dimension, is_op
 from mirror.export.lower import Lowering, finish
@@ -144,7 +144,13 @@ def _trained_head(source: ir.Model, head: ir.Graph, exit_layer: int) -> None:
     uses = list(hidden.uses())
     emit = Emitter(head, hidden, uses[0].node)
     norm, gate, up, down = (_copied(source, head, adapter_name(exit_layer, name)) for name in ADAPTER_TENSORS)
-    normed = emit.op("RMSNorm", [hidden, norm], {"epsilon": ADAPTER_EPSILON}, domain=DOMAIN, like=hidden)
+    normed = emit.op(
+        "RMSNorm",
+        [hidden, norm],
+        {"epsilon": float(source.graph.metadata_props[EPSILON_KEY])},
+        domain=DOMAIN,
+        like=hidden,
+    )
     opened = emit.op("Linear", [normed, gate], domain=DOMAIN)
     gated = emit.op(
         "Mul", [emit.op("Mul", [opened, emit.op("Sigmoid", [opened])]), emit.op("Linear", [normed, up], domain=DOMAIN)]

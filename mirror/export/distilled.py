@@ -16,7 +16,7 @@ from mirror.export.weights import DRAFT_SCOPE, ChainedSource, SafetensorsSource,
 
 RECORD = "distill.json"
 ADAPTER_TENSORS = ("norm.weight", "gate.weight", "up.weight", "down.weight")
-ADAPTER_EPSILON = 1e-5
+EPSILON_KEY = "exit_head_epsilon"  # in the source graph's metadata
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Distilled:
 
     def add_exit_heads(self, graph: ir.Graph, binder: Binder) -> tuple[int, ...]:
         """Put every exit head's tensors into the target's source graph; return their exit layers."""
+        graph.metadata_props[EPSILON_KEY] = str(self.record["norm_eps"])
         layers = []
         for path in sorted(self.folder.glob("exit_head_*.safetensors")):
             layer = int(path.stem.rpartition("_")[2])
@@ -86,6 +87,7 @@ def open_distilled(text: str) -> Distilled | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ExportError(f"{path} is not readable JSON ({error}); distill again") from error
-    if record.get("format") != 1 or not {"fingerprint", "tokenizer_fingerprint"} <= set(record.get("target", {})):
+    facts = {"fingerprint", "tokenizer_fingerprint"} <= set(record.get("target", {})) and "norm_eps" in record
+    if record.get("format") != 1 or not facts:
         raise ExportError(f"{path} is of another version (format {record.get('format')!r}, expected 1); distill again")
     return Distilled(path.parent, record)
