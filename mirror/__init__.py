@@ -8,10 +8,14 @@ Importing this package loads neither onnxruntime nor torch; `load` does.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mirror.version import __version__
+
+# ONNX Runtime reports usage by default, and reads this when it is imported, which export does too.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from mirror.runtime.engine import Conversation, Engine, load

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import threading
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from mirror.bench.provenance import provenance
 from mirror.bundle import Segment, read_manifest
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.engine import Engine, Result
@@ -101,8 +101,6 @@ def measure(bundle: Path, *, rounds: int, prompt: Sequence[int]) -> Mapping[str,
         "draft_thread_ms": _spread(draft),
         "both_ms": _spread([a + b for a, b in zip(target, draft, strict=True)]),
         "round_ms": _round_ms(result),
-        "machine": platform.processor() or platform.machine(),
-        "onnxruntime": ort.__version__,
     }
 
 
@@ -138,7 +136,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200, help="tokens to generate, about as many rounds")
     parser.add_argument("--prompt", type=int, nargs="+", default=[1, 2, 3], help="token ids")
     options = parser.parse_args()
-    print(json.dumps(measure(options.bundle, rounds=options.rounds, prompt=options.prompt)))  # noqa: T201
+    result = measure(options.bundle, rounds=options.rounds, prompt=options.prompt)
+    print(json.dumps({**result, **provenance("mirror.bench.host_work")}))  # noqa: T201
 
 
 if __name__ == "__main__":

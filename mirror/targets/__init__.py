@@ -1,12 +1,11 @@
 """The devices of this machine, by name.
 
 Importing this package loads no runtime library; opening or listing devices loads those that it
-needs. ONNX Runtime and OpenVINO both report usage by default; here neither does.
+needs. ONNX Runtime and OpenVINO both report usage by default; here neither
+does (`mirror` itself turns ONNX Runtime's off).
 """
 
 from __future__ import annotations
-
-import os
 
 from mirror.errors import DeviceError
 from mirror.targets.base import Device
@@ -14,9 +13,6 @@ from mirror.targets.names import DeviceFamily, DeviceName, parse_device_name
 from mirror.targets.survey import DeviceInfo, list_devices
 
 __all__ = ["DeviceFamily", "DeviceInfo", "DeviceName", "list_devices", "open_device", "parse_device_name"]
-
-# ONNX Runtime reads this when it is imported, which only modules of this package do.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def open_device(name: str) -> Device:
