@@ -141,7 +141,9 @@ def export(
         allow_failed_check=allow_failed_check,
     )
     with ExportProgress() as progress:
-        export_bundle(model, output, options, progress)
+        report = export_bundle(model, output, options, progress)
+    for finding in report.check.findings:
+        print_notice(f"self-check: {finding}")
     _print_summary(output)
 
 

@@ -59,13 +59,20 @@ def test_an_export_ends_with_its_summary(exported: tuple[Path, subprocess.Comple
     assert "layers:0,3" in summary
 
 
+def test_an_export_tells_what_its_check_saw(exported: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    told = " ".join(exported[1].stderr.split())
+    for compared in ("split graphs against the whole graph", "graphs against torch"):
+        assert f"self-check: {compared}: largest difference" in told
+    assert "no greedy token differs" in told
+
+
 def test_an_export_tells_its_stages_and_libraries_tell_nothing(
     exported: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     lines = [line.strip() for line in exported[1].stderr.splitlines() if line.strip()]
     assert any(line.startswith("self-check") for line in lines)
-    # A bar is all that a line may be: the stage, the bar, the time.
-    assert [line for line in lines if "━" not in line] == []
+    # A line is a bar (the stage, the bar, the time), or what the self-check saw.
+    assert [line for line in lines if "━" not in line and not line.startswith("notice: self-check: ")] == []
 
 
 def test_a_bundle_is_not_replaced_without_force(

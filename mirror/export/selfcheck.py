@@ -76,6 +76,14 @@ class CheckReport:
             found.append(f"the graphs differ from torch: {_sentence(self.torch)}")
         return found
 
+    @property
+    def findings(self) -> list[str]:
+        """What the check saw, a sentence for each comparison; why nothing was compared, where it was skipped."""
+        if self.skipped is not None:
+            return [f"skipped: {self.skipped}"]
+        compared = (("split graphs against the whole graph", self.split), ("graphs against torch", self.torch))
+        return [f"{what}: {_sentence(difference)}" for what, difference in compared if difference is not None]
+
     def raise_if_failed(self, *, allowed: bool) -> None:
         """Raise SelfCheckError when there are problems, unless the user allowed them."""
         if self.problems and not allowed:
