@@ -12,7 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import mirror
 from mirror.bundle import Form
+from mirror.errors import RequestError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.engine import Engine, Result
 from mirror.runtime.options import EngineOptions
@@ -143,6 +145,29 @@ def test_ngram_draft_keeps_the_path_and_finds_repetitions(ngram_bundle: Path) ->
         if mode is Mode.MIRROR and source is not CandidateSource.EXIT:
             assert result.statistics.reuse_rate is not None
             assert result.statistics.reuse_rate > 0.5
+
+
+@pytest.mark.parametrize("mode", [Mode.SERIAL, Mode.MIRROR])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_an_answer_may_have_fewer_draft_tokens_a_round(bundle: Path, mode: Mode, pinned: bool) -> None:
+    with open_engine(bundle, EngineOptions(mode=mode, pinned=pinned)) as engine:
+        for most, expected in ((1, 1), (2, 2), (9, 3)):
+            result = engine.generate_tokens(PROMPT, max_new_tokens=40, num_assistant_tokens=most)
+            assert list(result.tokens) == oracle_greedy(TARGET, PROMPT, 40)
+            assert max(item.proposed for item in result.rounds) == expected
+        with pytest.raises(RequestError, match="num_assistant_tokens is 0; it must be 1 or more"):
+            engine.generate_tokens(PROMPT, num_assistant_tokens=0)
+
+
+def test_the_lookup_size_is_a_choice(ngram_bundle: Path) -> None:
+    # One token's successors differ here and there; three tokens in a row hardly ever lie.
+    short = _run(ngram_bundle, EngineOptions(mode=Mode.SERIAL, max_ngram_size=1))
+    long = _run(ngram_bundle, EngineOptions(mode=Mode.SERIAL, max_ngram_size=5))
+    assert short.tokens == long.tokens
+    with pytest.raises(RequestError, match="max_ngram_size is 0"):
+        EngineOptions(max_ngram_size=0)
+    with mirror.load(ngram_bundle, mode="serial", max_ngram_size=4) as engine:
+        assert engine.plan.options.max_ngram_size == 4
 
 
 def _run(bundle: Path, options: EngineOptions) -> Result:

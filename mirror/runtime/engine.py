@@ -102,6 +102,7 @@ class Engine:
         seed: int = 0,
         stop: ListLike[str] = (),
         mode: str | Mode | None = None,
+        num_assistant_tokens: int | None = None,
         streamer: Streamer | None = None,
         apply_chat_template: bool = True,
     ) -> Result:
@@ -112,6 +113,7 @@ class Engine:
             temperature: 0 is greedy. The other sampling arguments: see `SamplingParams`.
             stop: strings that end the text and are left out of it.
             mode: `plain`, `serial` or `mirror`; None takes the one given at loading.
+            num_assistant_tokens: the most draft tokens of a round; None, like any number above it, means gamma.
             streamer: gets each piece of text as its tokens are committed: a callable, whose True
                 stops the answer, or an object with `write` and `end`.
             apply_chat_template: whether a text is put into the model's chat format.
@@ -123,7 +125,7 @@ class Engine:
             DeviceError: the target's device failed.
         """
         sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        options = GenerationOptions(max_new_tokens, sampling, _stops(stop), _mode(mode))
+        options = GenerationOptions(max_new_tokens, sampling, _stops(stop), _mode(mode), num_assistant_tokens)
         return self._say(self._text_codec().encode_prompt(prompt, apply_chat_template), options, streamer, reuse=False)
 
     def stream(
@@ -139,6 +141,7 @@ class Engine:
         seed: int = 0,
         stop: ListLike[str] = (),
         mode: str | Mode | None = None,
+        num_assistant_tokens: int | None = None,
         apply_chat_template: bool = True,
     ) -> Stream[str]:
         """Answer a prompt piece by piece; arguments and errors as in `generate`.
@@ -146,7 +149,7 @@ class Engine:
         The answer begins with the first `next`, which is also when `BusyError` is raised.
         """
         sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        options = GenerationOptions(max_new_tokens, sampling, _stops(stop), _mode(mode))
+        options = GenerationOptions(max_new_tokens, sampling, _stops(stop), _mode(mode), num_assistant_tokens)
         tokens = self._text_codec().encode_prompt(prompt, apply_chat_template)
         answer = self._answer(options, text=True)
         return Stream(self._texts(tokens, options, answer, reuse=False), answer)
@@ -164,6 +167,7 @@ class Engine:
         seed: int = 0,
         stop: ListLike[str] = (),
         mode: str | Mode | None = None,
+        num_assistant_tokens: int | None = None,
     ) -> Result:
         """Continue tokens; arguments and errors as in `generate`. Works without a tokenizer."""
         stream = self.stream_tokens(
@@ -177,6 +181,7 @@ class Engine:
             seed=seed,
             stop=stop,
             mode=mode,
+            num_assistant_tokens=num_assistant_tokens,
         )
         for _ in stream:
             pass
@@ -195,10 +200,11 @@ class Engine:
         seed: int = 0,
         stop: ListLike[str] = (),
         mode: str | Mode | None = None,
+        num_assistant_tokens: int | None = None,
     ) -> Stream[tuple[int, ...]]:
         """Continue tokens, one tuple per commit; arguments and errors as in `stream`."""
         sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        options = GenerationOptions(max_new_tokens, sampling, _stops(stop), _mode(mode))
+        options = GenerationOptions(max_new_tokens, sampling, _stops(stop), _mode(mode), num_assistant_tokens)
         answer = self._answer(options, text=bool(options.stop))
         return Stream(self._commits(tokens, options, answer, reuse=False), answer)
 
@@ -329,7 +335,7 @@ class Engine:
                 self.manifest.tokens.eos, options.max_new_tokens, answer.watch if answer.text is not None else None
             ),
             mode=mode,
-            shape=round_shape(self.manifest, self.plan),
+            shape=round_shape(self.manifest, self.plan, options.num_assistant_tokens),
             cancelled=self._cancel.is_set,
         )
         generation.events.extend(events)
@@ -376,6 +382,7 @@ class Conversation:
         seed: int = 0,
         stop: ListLike[str] = (),
         mode: str | Mode | None = None,
+        num_assistant_tokens: int | None = None,
         streamer: Streamer | None = None,
     ) -> Result:
         """Say something and return the answer; arguments and errors as in `Engine.generate`.
@@ -383,7 +390,7 @@ class Conversation:
         A turn that raises leaves the conversation as it was; one that is cancelled stays in it.
         """
         sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        options = GenerationOptions(max_new_tokens, sampling, _stops(stop), _mode(mode))
+        options = GenerationOptions(max_new_tokens, sampling, _stops(stop), _mode(mode), num_assistant_tokens)
         turn = [*self.messages, {"role": "user", "content": text}]
         tokens = self._engine._text_codec().encode_prompt(turn, True)
         result = self._engine._say(tokens, options, streamer, reuse=True)
@@ -405,6 +412,7 @@ def load(
     candidates: str | CandidateSource = "both",
     pinned: bool = False,
     draft_timeout_s: float = 30.0,
+    max_ngram_size: int = 3,
     verify_hashes: bool = False,
 ) -> Engine:
     """Load a bundle.
@@ -423,6 +431,7 @@ def load(
         pinned: run every target pass after prefill at width gamma + 1, plain ones too, so that the
             text is the same in every mode at any precision.
         draft_timeout_s: how long to wait for the draft before going on without it.
+        max_ngram_size: the most tokens that an n-gram draft looks up at once.
         verify_hashes: check the sha256 of every file; sizes are always checked.
 
     Raises:
@@ -440,6 +449,7 @@ def load(
         candidates=_source(candidates),
         pinned=pinned,
         draft_timeout_s=draft_timeout_s,
+        max_ngram_size=max_ngram_size,
     )
     folder = Path(bundle)
     manifest = read_manifest(folder)

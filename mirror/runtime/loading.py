@@ -97,9 +97,15 @@ def _fanout(decoding: Decoding, options: EngineOptions, gamma: int) -> Ints:
     return np.array(fanout, np.int64)
 
 
-def round_shape(manifest: Manifest, plan: Plan) -> RoundShape:
-    """Return what the round loop needs of a plan."""
-    return RoundShape(plan.gamma, manifest.decoding.prefill_chunk, plan.options.candidates.needs_exit)
+def round_shape(manifest: Manifest, plan: Plan, most: int | None = None) -> RoundShape:
+    """Return what the round loop needs of a plan.
+
+    Args:
+        most: draft tokens that this answer may have in a window; None takes gamma, which is the limit.
+    """
+    return RoundShape(
+        min(plan.gamma, most or plan.gamma), manifest.decoding.prefill_chunk, plan.options.candidates.needs_exit
+    )
 
 
 def load_target(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> Target:
@@ -127,7 +133,7 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
     """
     facts = manifest.draft
     if facts is not None and facts.kind == "ngram":
-        return NgramDraft(plan.options.candidates, plan.fanout)
+        return NgramDraft(plan.options.candidates, plan.fanout, plan.options.max_ngram_size)
     if facts is None or facts.kind != "model":
         raise BundleError(f"the bundle's draft is {facts}; this version runs drafts of kind model or ngram")
     capacity = rollout_capacity(plan.max_length, plan.gamma, plan.branches)

@@ -24,6 +24,7 @@ class EngineOptions:
         candidates: where the branches' first tokens come from.
         pinned: every target pass after prefill runs at width gamma + 1.
         draft_timeout_s: how long to wait for the draft before it counts as hung.
+        max_ngram_size: the most tokens that an n-gram draft looks up at once.
     """
 
     mode: Mode = Mode.MIRROR
@@ -35,9 +36,10 @@ class EngineOptions:
     candidates: CandidateSource = CandidateSource.BOTH
     pinned: bool = False
     draft_timeout_s: float = 30.0
+    max_ngram_size: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("threads", "max_length", "gamma", "kappa"):
+        for name in ("threads", "max_length", "gamma", "kappa", "max_ngram_size"):
             found = getattr(self, name)
             if found is not None and found < 1:
                 raise RequestError(f"{name} is {found}; it must be 1 or more")
@@ -54,13 +56,19 @@ class GenerationOptions:
         sampling: how a token is chosen.
         stop: strings that end the text.
         mode: how tokens are made; None takes the engine's.
+        num_assistant_tokens: the most draft tokens of a round; None takes gamma.
     """
 
     max_new_tokens: int = 128
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     mode: Mode | None = None
+    num_assistant_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
+        if self.num_assistant_tokens is not None and self.num_assistant_tokens < 1:
+            raise RequestError(
+                f"num_assistant_tokens is {self.num_assistant_tokens}; it must be 1 or more (mode plain drafts nothing)"
+            )
