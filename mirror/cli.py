@@ -144,6 +144,10 @@ def export(
         report = export_bundle(model, output, options, progress)
     for finding in report.check.findings:
         print_notice(f"self-check: {finding}")
+    if report.manifest.decoding.max_length < max_length:
+        print_notice(
+            f"capacity is {report.manifest.decoding.max_length} tokens, all that the model knows positions for"
+        )
     _print_summary(output)
 
 

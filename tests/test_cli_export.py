@@ -75,6 +75,12 @@ def test_an_export_tells_its_stages_and_libraries_tell_nothing(
     assert [line for line in lines if "━" not in line and not line.startswith("notice: self-check: ")] == []
 
 
+def test_a_capacity_past_the_models_positions_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    done = call("export", checkpoint, "-o", tmp_path / "bundle", "--draft", "ngram", "--max-length", 300)
+    assert "256 tokens" in ok(done)
+    assert "capacity is 256 tokens, all that the model knows positions for" in " ".join(done.stderr.split())
+
+
 def test_a_bundle_is_not_replaced_without_force(
     checkpoint: Path, exported: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
