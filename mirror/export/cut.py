@@ -203,10 +203,10 @@ def _as_float(emit: Emitter, logits: ir.Value) -> list[ir.Value]:
     ]
 
 
-def _named(value: ir.Value, name: str, like: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+def _named(value: ir.Value, name: str, like: ir.Value) -> ir.Value:
     if like.name == name:
         like.name = f"{name}_narrow"
-    value.name, value.type, value.shape = name, ir.TensorType(dtype), like.shape
+    value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), like.shape
     return value
 
 

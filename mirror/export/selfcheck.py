@@ -99,8 +99,8 @@ def check(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> CheckRepo
     if reason is not None:
         return CheckReport(precision, None, None, reason)
     prompts = _prompts(folder, manifest)
-    split = [_through_split(folder, manifest, prompt) for prompt in prompts]
-    whole = _compare(split, [_through_whole(folder, manifest, prompt, tokens) for prompt, tokens, _ in split])
+    split = _through_split(folder, manifest, prompts)
+    whole = _compare(split, _through_whole(folder, manifest, split))
     return CheckReport(precision, whole, _compare(split, _through_torch(checkpoint, split)))
 
 
@@ -141,7 +141,7 @@ def _compare(first: list[Path3], second: list[Logits]) -> Difference:
     return Difference(largest, first_token, seen)
 
 
-def _through_split(folder: Path, manifest: Manifest, prompt: list[int]) -> Path3:
+def _through_split(folder: Path, manifest: Manifest, prompts: list[list[int]]) -> list[Path3]:
     prefix = _Runner(folder / _file(manifest, "target_prefix"))
     suffix = _Runner(folder / _file(manifest, "target_suffix"))
 
@@ -149,11 +149,11 @@ def _through_split(folder: Path, manifest: Manifest, prompt: list[int]) -> Path3
         hidden = prefix.run(tokens, past, {})["hidden_states"]
         return np.asarray(suffix.run(tokens, past, {"hidden_states": hidden})["logits"][0, -1])
 
-    tokens, logits = _greedy(step, prompt)
-    return prompt, tokens, logits
+    return [(prompt, *_greedy(step, prompt)) for prompt in prompts]
 
 
-def _through_whole(folder: Path, manifest: Manifest, prompt: list[int], follow: list[int]) -> Logits:
+def _through_whole(folder: Path, manifest: Manifest, paths: list[Path3]) -> list[Logits]:
+    """Follow the split graphs' tokens through the uncut graph."""
     model = whole_target(ir.load(folder / "target.source.onnx"), manifest.decoding.exit_layer)
     path = folder / ".whole.onnx"
     ir.save(model, path)
@@ -161,7 +161,11 @@ def _through_whole(folder: Path, manifest: Manifest, prompt: list[int], follow: 
         runner = _Runner(path)
     finally:
         path.unlink()
-    return _greedy(lambda tokens, past: runner.run(tokens, past, {})["logits"][0, -1], prompt, follow)[1]
+
+    def step(tokens: list[int], past: int) -> Logits:
+        return np.asarray(runner.run(tokens, past, {})["logits"][0, -1])
+
+    return [_greedy(step, prompt, tokens)[1] for prompt, tokens, _ in paths]
 
 
 def _through_torch(checkpoint: Checkpoint, paths: list[Path3]) -> list[Logits]:
