@@ -11,51 +11,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
-
 from mirror.distill.data import Corpus, DataOptions, batches, held_out, make_corpus  # noqa: E402
 from mirror.distill.decode import BatchDecoder, Job  # noqa: E402
 from mirror.distill.evaluate import Question, measure  # noqa: E402
-from mirror.distill.losses import LossWeights, teach  # noqa: E402
+from mirror.distill.losses import LossWeights, Pupil, teach  # noqa: E402
 from mirror.distill.progress import SilentProgress  # noqa: E402
 from mirror.distill.report import EvaluationOptions, load_positions, report, save_positions  # noqa: E402
-from mirror.distill.run import DistillOptions, distill, load_pupils, read_facts  # noqa: E402
+from mirror.distill.run import distill, load_pupils, load_ranking, read_facts  # noqa: E402
 from mirror.distill.student import load_student, make_student, save_student, spread_layers  # noqa: E402
 from mirror.distill.target import Target, load_target  # noqa: E402
-from mirror.distill.train import TrainOptions  # noqa: E402
+from mirror.distill.train import Pupils  # noqa: E402
 from mirror.errors import DraftError, ExportError  # noqa: E402
-
-torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-CPU = torch.device("cpu")
-TEMPLATE = "{% for m in messages %}<u>{{ m['content'] }}<e>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-LETTERS = "abcdefghijklmnopqrstuvwxyz ?.\n:"
-
-
-def make_model(folder: Path, seed: int = 0) -> Path:
-    """Write a llama of 6 layers over single letters, taught to count through the alphabet."""
-    words = ["<pad>", "<u>", "<a>", "<e>", "<unk>", *LETTERS]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.add_special_tokens(["<u>", "<a>", "<e>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", chat_template=TEMPLATE)
-    fast.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, eos_token_id=3, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(60):
-        start = torch.randint(0, 26, (32, 1))
-        step = torch.randint(1, 4, (32, 1))
-        ids = 5 + (start + step * torch.arange(24)) % 26
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
+from tests.letters import CPU, make_model, options, write_prompts  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -70,27 +37,7 @@ def target(model_folder: Path) -> Target:
 
 @pytest.fixture(scope="module")
 def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "letters.jsonl"
-    texts = [LETTERS[i % 26 : i % 26 + 4] + LETTERS[i % 7] * (i % 5) for i in range(60)]
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    return path
-
-
-def options(prompt_file: Path, cache: Path, **train: object) -> DistillOptions:
-    data = DataOptions(files=(prompt_file,), sampled_answers=1.0, max_answer_tokens=24, rows=16, jobs_per_shard=32)
-    settings = TrainOptions(
-        steps=80, tokens_per_batch=512, warmup_steps=4, measure_every=20, draft_lr=5e-3, head_lr=5e-3
-    )
-    return DistillOptions(
-        exit_layers=(2, 4),
-        draft_layers=(0, 5),
-        adapter_size=16,
-        held_out_share=0.2,
-        device="cpu",
-        cache=cache,
-        data=data,
-        train=dataclasses.replace(settings, **train),
-    )
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "letters.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +91,8 @@ class TestLosses:
         head = dataclasses.replace(target.head, weight=target.head.weight.double(), scale=0.7, softcap=2.0)
         states = torch.randn(11, 32, dtype=torch.float64, requires_grad=True)
         final = torch.randn(11, 32, dtype=torch.float64)
-        (taught,) = teach([states.detach()], final, head, [LossWeights(kl=1.0, ce=0.5, focus=0.0)])
+        pupil = Pupil(states.detach(), head, LossWeights(kl=1.0, ce=0.5, focus=0.0))
+        (taught,) = teach([pupil], final, head, False, True)
         teacher = head(final)
         log_q = torch.log_softmax(head(states).float(), -1)
         log_p = torch.log_softmax(teacher.float(), -1)
@@ -158,7 +106,8 @@ class TestLosses:
         torch.manual_seed(0)
         states = torch.randn(5, 32, requires_grad=True)
         final = torch.randn(5, 32)
-        (taught,) = teach([states.detach()], final, target.head, [LossWeights(kl=0.0, ce=1.0, focus=1.0)])
+        pupil = Pupil(states.detach(), target.head, LossWeights(kl=0.0, ce=1.0, focus=1.0))
+        (taught,) = teach([pupil], final, target.head, False, True)
         best = target.head(final).argmax(-1)
         agreement = torch.softmax(target.head(states), -1).gather(1, best[:, None]).sum()
         (-agreement).backward()
@@ -251,6 +200,7 @@ class TestDistill:
         names = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
         assert names == {
             "distill.json", "README.md", "training.svg", "log.jsonl", "draft/config.json", "draft/model.safetensors",
+            "vocabulary.safetensors",
             *facts["exit_head_files"],
         }  # fmt: skip
         assert facts["exit_layers"] == [2, 4]
@@ -319,11 +269,11 @@ class TestDistill:
         pupils = load_pupils(trained, target)
         questions = [Question(i, ("count", "other")[i % 2], tuple(range(5, 6 + i % 3))) for i in range(8)]
         chosen = EvaluationOptions(gamma=3, max_new_tokens=20)
-        measured = measure(target, pupils.student, pupils.heads, questions, chosen)
+        measured = measure(target, pupils, load_ranking(trained), questions, chosen)
         greedy = report(measured, chosen)["greedy"]
         save_positions(tmp_path / "positions.npz", measured)
         assert report(load_positions(tmp_path / "positions.npz"), chosen)["greedy"] == greedy
-        assert set(greedy) == {"overall", "count", "other", "branches"}
+        assert set(greedy) == {"overall", "count", "other", "branches", "passes"}
         figures = greedy["overall"]
         assert 1 <= figures["tokens_per_round"] <= 4
         assert figures["exit_coverage"]["4"] == sorted(figures["exit_coverage"]["4"])
@@ -333,7 +283,7 @@ class TestDistill:
         student = make_student(target, range(6))
         questions = [Question(i, "count", tuple(range(5, 6 + i))) for i in range(3)]
         chosen = EvaluationOptions(gamma=3, max_new_tokens=20)
-        figures = report(measure(target, student, {}, questions, chosen), chosen)
+        figures = report(measure(target, Pupils(student, {}), [], questions, chosen), chosen)
         assert figures["greedy"]["overall"]["tokens_per_round"] == 4
         # With the noise that made the text, the same draft repeats sampled texts too; without it, it can't.
         assert figures["temperature_1_coupled"]["overall"]["tokens_per_round"] == 4

@@ -44,7 +44,7 @@ def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[i
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise click.BadParameter(f"{text} is not a list of layers; write 15,20") from error
+        raise click.BadParameter(f"{text} is not a list of numbers; write 15,20") from error
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -54,18 +54,27 @@ def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[i
 )
 @click.option("--prompts", type=click.Path(path_type=Path), multiple=True, help="A JSONL file of prompts; repeatable.")
 @click.option("--own-prompts", default=0, help="User turns that the target writes itself.")
+@click.option("--opened-prompts", default=0, help="User turns that it writes from given first words on.")
+@click.option("--given-tasks", default=0, help="Summaries and questions on passages found in the prompts.")
 @click.option("--passages", default=0, help="Passages that the target writes, for tasks on long texts.")
 @click.option("--greedy-answers", default=1.0, help="Greedy answers to each prompt; 0.5 is one to every other.")
 @click.option("--sampled-answers", default=0.5, help="Sampled answers to each prompt.")
 @click.option("--max-answer-tokens", default=192, help="Longest answer.")
 @click.option("--exit-layers", callback=_numbers, help="Layers to exit after; half and two thirds by default.")
 @click.option("--draft-layers", callback=_numbers, help="Target layers that the draft starts as; four by default.")
-@click.option("--adapter-size", default=1536, help="Inner width of an exit head.")
+@click.option("--draft-model", type=click.Path(path_type=Path), help="A small model that the draft starts as instead.")
+@click.option("--streams", default=3, help="Speculative streams: tokens beside its own that a pass can emit.")
+@click.option("--feature-layer", default=None, type=int, help="Feed the draft with the state after this layer.")
+@click.option("--adapter-size", "adapter_sizes", callback=_numbers, default="1536", help="Inner width of exit heads.")
+@click.option("--start", type=click.Path(path_type=Path), help="A finished training to go on from.")
+@click.option("--storage", type=click.Choice(["int8", "float16"]), default="int8", help="How matrices are stored.")
 @click.option("--steps", default=2000, help="Optimiser steps.")
 @click.option("--budget-s", default=None, type=float, help="End after so many seconds of training, if before --steps.")
 @click.option("--tokens-per-batch", default=32768, help="Tokens of a step, prompts and padding included.")
 @click.option("--draft-lr", default=1.5e-3, help="Peak learning rate of the draft.")
 @click.option("--head-lr", default=1.5e-3, help="Peak learning rate of the exit heads.")
+@click.option("--stream-every", default=4, help="Positions from one place that streams learn at to the next.")
+@click.option("--stream-weight", default=0.25, help="What a stream's loss counts.")
 @click.option("--measure-every", default=400, help="Steps between two measurements on held-out texts.")
 @click.option("--focus", default=0.5, help="Focus of the draft's late cross-entropy.")
 @click.option("--focus-after", default=0.6, help="Share of the steps after which it begins.")
@@ -79,18 +88,27 @@ def main(
     output: Path,
     prompts: tuple[Path, ...],
     own_prompts: int,
+    opened_prompts: int,
+    given_tasks: int,
     passages: int,
     greedy_answers: float,
     sampled_answers: float,
     max_answer_tokens: int,
     exit_layers: tuple[int, ...] | None,
     draft_layers: tuple[int, ...] | None,
-    adapter_size: int,
+    draft_model: Path | None,
+    streams: int,
+    feature_layer: int | None,
+    adapter_sizes: tuple[int, ...],
+    start: Path | None,
+    storage: str,
     steps: int,
     budget_s: float | None,
     tokens_per_batch: int,
     draft_lr: float,
     head_lr: float,
+    stream_every: int,
+    stream_weight: float,
     measure_every: int,
     focus: float,
     focus_after: float,
@@ -110,6 +128,8 @@ def main(
     data = DataOptions(
         files=prompts,
         own_prompts=own_prompts,
+        opened_prompts=opened_prompts,
+        given_tasks=given_tasks,
         passages=passages,
         greedy_answers=greedy_answers,
         sampled_answers=sampled_answers,
@@ -122,6 +142,8 @@ def main(
         tokens_per_batch=tokens_per_batch,
         draft_lr=draft_lr,
         head_lr=head_lr,
+        stream_every=stream_every,
+        stream_weight=stream_weight,
         measure_every=measure_every,
         focus=focus,
         focus_after=focus_after,
@@ -132,7 +154,12 @@ def main(
     options = DistillOptions(
         exit_layers=exit_layers,
         draft_layers=draft_layers,
-        adapter_size=adapter_size,
+        draft_model=draft_model,
+        streams=streams,
+        feature_layer=feature_layer,
+        adapter_sizes=adapter_sizes,
+        start=start,
+        int8=storage == "int8",
         device=device,
         cache=cache,
         data=data,

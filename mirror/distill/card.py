@@ -16,8 +16,10 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     return [
         f"# Draft and exit heads for {facts['target']['name']}",
         "",
-        "Made by `mirror distill` for one target, and refused with any other: target fingerprint",
-        f"`{facts['target']['fingerprint']}`, tokenizer `{facts['target']['tokenizer_fingerprint']}`.",
+        "Made by `mirror distill` for one target, and refused with any other:",
+        "",
+        f"- target `{facts['target']['fingerprint']}`",
+        f"- tokenizer `{facts['target']['tokenizer_fingerprint']}`",
         "",
         *_parts(facts),
         "",
@@ -42,19 +44,26 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _parts(facts: dict[str, Any]) -> list[str]:
-    recipe = facts["recipe"]
-    layers = ", ".join(str(layer) for layer in facts["exit_layers"])
+    recipe, draft = facts["recipe"], facts["draft"]
+    heads = ", ".join(
+        f"{layer} ({size} channels)" for layer, size in zip(facts["exit_layers"], recipe["adapter_sizes"], strict=True)
+    )
     lines = [
-        f"- Exit heads after layers {layers}: a gated adapter of {recipe['adapter_size']} channels each, in front of",
-        "  the target's own final norm and LM head.",
+        f"- Exit heads after layers {heads}: a gated adapter each,",
+        "  in front of the target's own final norm and LM head.",
     ]
-    if facts["draft_parameters"] is not None:
-        starts = ", ".join(str(layer) for layer in recipe["draft_layers"])
-        lines += [
-            f"- A draft of {len(recipe['draft_layers'])} layers, {facts['draft_parameters'] / 1e6:.1f}M parameters,",
-            f"  which started as the target's layers {starts}. Embedding and LM head are the target's, and not stored.",
-        ]
+    if draft is not None:
+        lines += [f"- A draft of {draft['parameters'] / 1e6:.1f}M parameters, which started as {_beginning(recipe)}"]
+        lines += [f"  Speculative streams: {draft['streams']}. Fed by exit layer: {draft['feature_layer'] or 'none'}."]
+    lines += ["- Matrices are stored as 8-bit integers with a scale for each row."] if recipe["int8"] else []
     return lines
+
+
+def _beginning(recipe: dict[str, Any]) -> str:
+    if recipe["draft_layers"] is None:
+        return f"{recipe['draft_model']}\n  and keeps its embedding and LM head."
+    starts = ", ".join(str(layer) for layer in recipe["draft_layers"])
+    return f"the target's layers\n  {starts}. Embedding and LM head are the target's, and not stored."
 
 
 def _data(facts: dict[str, Any]) -> list[str]:
@@ -62,6 +71,6 @@ def _data(facts: dict[str, Any]) -> list[str]:
     return [
         f"{corpus['texts']:,} texts with {corpus['answer_tokens']:,} answer tokens, all written by the target",
         f"itself, to prompts of {', '.join(data['files']) or 'no file'},",
-        f"to {data['own_prompts']:,} user turns of its own and to",
-        f"tasks on {data['passages']:,} passages of its own.",
+        f"to {data['own_prompts'] + data['opened_prompts']:,} user turns of its own, to tasks on {data['passages']:,}",
+        f"passages of its own and to {data['given_tasks']:,} tasks on passages of those prompts.",
     ]

@@ -23,7 +23,17 @@ from torch import Tensor
 
 from mirror.distill.decode import BatchDecoder, Job
 from mirror.distill.progress import DistillProgress
-from mirror.distill.prompts import ChatFormat, Prompt, passage_requests, passage_tasks, read_prompts, topics
+from mirror.distill.prompts import (
+    OPENINGS,
+    ChatFormat,
+    Prompt,
+    given_passages,
+    given_tasks,
+    passage_requests,
+    passage_tasks,
+    read_prompts,
+    topics,
+)
 from mirror.distill.target import Target, load_tokenizer
 from mirror.errors import ExportError
 from mirror.export.checkpoint import eos_ids
@@ -35,15 +45,18 @@ Ints = NDArray[np.int64]
 class DataOptions:
     """What the corpus is made of. Counts are texts, lengths are tokens.
 
-    `own_prompts`: user turns that the target writes. `passages`: passages it writes for tasks on long
-    texts. `greedy_answers` and `sampled_answers`: answers to each prompt; 0.5 is one to every other
-    prompt. `rows`: texts decoded at once at most. `cache_bytes`: memory for their KV cache, which limits
+    `own_prompts`: user turns that the target writes; `opened_prompts`: turns whose first words are given, most
+    of them questions'. `passages`: passages it writes for tasks on long texts; `given_tasks`: tasks on passages
+    found in the files' prompts. `greedy_answers` and `sampled_answers`: answers to each prompt; 0.5 is one to
+    every other prompt. `rows`: texts decoded at once at most. `cache_bytes`: memory for their KV cache, which limits
     `rows` on long prompts.
     """
 
     files: tuple[Path, ...] = ()
     own_prompts: int = 0
+    opened_prompts: int = 0
     passages: int = 0
+    given_tasks: int = 0
     greedy_answers: float = 1.0
     sampled_answers: float = 0.5
     temperature: float = 1.0
@@ -98,7 +111,8 @@ def make_corpus(target: Target, options: DataOptions, cache: Path, progress: Dis
     """
     author = _Author(target, options, _corpus_folder(target, options, cache), progress)
     given = [prompt for path in options.files for prompt in read_prompts(path)]
-    prompts = given + author.own_prompts() + author.passage_tasks(given)
+    prompts = given + author.own_prompts() + author.opened_prompts() + author.passage_tasks(given)
+    prompts += author.given_tasks(given)
     if not prompts:
         raise ExportError("there are no prompts to learn from; give --prompts FILE.jsonl or --own-prompts COUNT")
     return author.answers(prompts)
@@ -113,6 +127,25 @@ def batches(corpus: Corpus, texts: Sequence[int], tokens_per_batch: int, seed: i
     groups = list(_groups(order, np.diff(corpus.offsets), tokens_per_batch))
     for index in source.permutation(len(groups)):
         yield _batch(corpus, groups[index])
+
+
+def ranking(corpus: Corpus, vocab_size: int) -> Ints:
+    """Return all token ids, int64 `[vocab]`, the most frequent in a corpus's answers first."""
+    return np.argsort(-np.bincount(_answers(corpus, range(len(corpus))), minlength=vocab_size), kind="stable")
+
+
+def coverage_of(ranked: Ints, corpus: Corpus, texts: Sequence[int], sizes: Sequence[int]) -> dict[int, float]:
+    """Return which share of some texts' answer tokens the first tokens of a ranking cover, by their number."""
+    place = np.empty_like(ranked)
+    place[ranked] = np.arange(len(ranked))
+    places = place[_answers(corpus, texts)]
+    return {size: float((places < size).mean()) for size in sizes}
+
+
+def _answers(corpus: Corpus, texts: Sequence[int]) -> Ints:
+    """Return the tokens of some answers, int64 `[n]`."""
+    parts = [corpus.tokens[corpus.offsets[i] + corpus.prompt_lengths[i] : corpus.offsets[i + 1]] for i in texts]
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
 
 
 def held_out(corpus: Corpus, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -143,13 +176,26 @@ class _Author:
         seen = dict.fromkeys(text for text in written if len(text) >= 8)
         return [Prompt("own", text) for text in seen]
 
+    def opened_prompts(self) -> list[Prompt]:
+        """Return user turns that the target wrote from given openings on, without repetitions."""
+        openings = [OPENINGS[i % len(OPENINGS)] for i in range(self._options.opened_prompts)]
+        jobs = [Job(self._chat.open_turn(opening), 96, 0.9) for opening in openings]
+        written = zip(openings, self._decoded(jobs, "openings"), strict=True)
+        seen = dict.fromkeys((opening + text).strip() for opening, text in written)
+        return [Prompt("opened", text) for text in seen if len(text) >= 16]
+
+    def given_tasks(self, given: Sequence[Prompt]) -> list[Prompt]:
+        """Return tasks on passages of the given prompts."""
+        return given_tasks(
+            given_passages(given), _short_questions(given), self._options.given_tasks, self._options.seed
+        )
+
     def passage_tasks(self, given: Sequence[Prompt]) -> list[Prompt]:
         """Return tasks on passages that the target wrote."""
         requests = passage_requests(topics(given, self._options.passages, self._options.seed))
         written = self._texts([Job(self._chat.prompt(request.text), 384, 0.8) for request in requests], "passages")
         passages = [Prompt(request.kind, text) for request, text in zip(requests, written, strict=True) if text]
-        questions = [prompt.text for prompt in given if prompt.text.endswith("?") and len(prompt.text) < 100]
-        return passage_tasks(passages, questions, self._options.seed)
+        return passage_tasks(passages, _short_questions(given), self._options.seed)
 
     def answers(self, prompts: Sequence[Prompt]) -> Corpus:
         """Return all prompts with their answers."""
@@ -164,7 +210,10 @@ class _Author:
         return _corpus(jobs, self._write(jobs, "answers"))
 
     def _texts(self, jobs: list[Job], stage: str) -> list[str]:
-        return [self._chat.text(answer.tolist()).strip() for answer in self._write(jobs, stage)]
+        return [text.strip() for text in self._decoded(jobs, stage)]
+
+    def _decoded(self, jobs: list[Job], stage: str) -> list[str]:
+        return [self._chat.text(answer.tolist()) for answer in self._write(jobs, stage)]
 
     def _write(self, jobs: list[Job], stage: str) -> list[Ints]:
         """Return the answer of every job, written shard by shard."""
@@ -191,6 +240,10 @@ class _Author:
         _save_shard(path, answers)
         total = sum(len(answer) for answer in answers)
         self._progress.report({"tokens": total, "tokens_per_s": total / (time.perf_counter() - began)})
+
+
+def _short_questions(prompts: Sequence[Prompt]) -> list[str]:
+    return [prompt.text for prompt in prompts if prompt.text.endswith("?") and len(prompt.text) < 100]
 
 
 def repeated(texts: Sequence[str], count: float) -> list[str]:

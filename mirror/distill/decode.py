@@ -1,12 +1,14 @@
 """Many texts at once: the target decoding thousands of rows with a fixed KV cache.
 
 Rows are independent: each has its own length, and a row whose text ended takes the next prompt. On
-CUDA a step is a captured graph per cache length in use, so its cost is memory traffic, not launches.
+CUDA a step is a captured graph per cache length in use, so its cost is memory traffic, not launches,
+and attention reads the slots that a row has filled (`row_attention`) where the model's form allows it.
 transformers' own modelling code runs; only its attention function is replaced.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +23,10 @@ from transformers import AttentionInterface
 from mirror.distill.target import Target
 
 _STEPS_PER_VISIT = 16  # decode steps between two looks at what has ended
+_PREFILL_ROWS = 512
 _BUCKET = 128  # cache slots that attention reads, in steps of this
 _ATTENTION = "mirror_rows"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,15 @@ class RowCache:
             store[layer] = rows.new_zeros(self.rows, rows.shape[1], self.capacity, rows.shape[3])
 
     def _decode(self, layer: int, query: Tensor, scale: float, softcap: float | None, window: int | None) -> Tensor:
-        keys, values = self.keys[layer][:, :, : self.bucket], self.values[layer][:, :, : self.bucket]
         rows, heads, _, dim = query.shape
         # The queries of one KV head become rows of one attention, so that no key is read twice.
-        grouped = query.view(rows, keys.shape[1], heads // keys.shape[1], dim)
+        grouped = query.reshape(rows, self.keys[layer].shape[1], -1, dim)
+        if softcap is None and window is None and _reads_filled_slots(query):
+            from mirror.distill.row_attention import row_attention
+
+            out = row_attention(grouped, self.keys[layer], self.values[layer], self.lengths, scale)
+            return out.reshape(rows, heads, 1, dim)
+        keys, values = self.keys[layer][:, :, : self.bucket], self.values[layer][:, :, : self.bucket]
         bias = self._visible(window, query.dtype)
         out = _attention(grouped, keys, values, bias.expand(-1, grouped.shape[1], grouped.shape[2], -1), scale, softcap)
         return out.reshape(rows, heads, 1, -1)
@@ -140,11 +149,13 @@ class BatchDecoder:
         self._temperatures = torch.zeros(rows, device=target.device)
         self._history = torch.zeros(_STEPS_PER_VISIT, rows, dtype=torch.int64, device=target.device)
         self._step = torch.zeros(1, dtype=torch.int64, device=target.device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._greedy = False
         torch.manual_seed(seed)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Answer]:
         """Yield the answers as they end. Jobs of similar prompt length, side by side, decode fastest."""
+        self._greedy = all(job.temperature == 0 for job in jobs)
         model = self._target.model
         before = model.config._attn_implementation
         attending = [module for module in model.modules() if hasattr(module, "layer_idx")]
@@ -177,8 +188,8 @@ class BatchDecoder:
         free = [index for index, row in enumerate(rows) if row is None]
         taken = list(zip(free, waiting, strict=False))
         while taken:
-            longest = max(len(jobs[job].prompt) for _, job in taken[:256])
-            batch, taken = _split(taken, max(1, min(256, 2**16 // longest)))
+            longest = max(len(jobs[job].prompt) for _, job in taken[:_PREFILL_ROWS])
+            batch, taken = _split(taken, max(1, min(_PREFILL_ROWS, 2**16 // longest)))
             first = self._prefill([row for row, _ in batch], [jobs[job] for _, job in batch])
             for (row, job), token in zip(batch, first, strict=True):
                 rows[row] = _Row(job, jobs[job].max_new_tokens - 1, [token])
@@ -186,7 +197,7 @@ class BatchDecoder:
     @torch.no_grad()
     def _prefill(self, rows: list[int], jobs: list[Job]) -> list[int]:
         device = self._target.device
-        width = -(-max(len(job.prompt) for job in jobs) // 32) * 32
+        width = -(-max(len(job.prompt) for job in jobs) // 16) * 16
         width = min(width, self._cache.capacity)
         ids = torch.zeros(len(jobs), width, dtype=torch.int64)
         for index, job in enumerate(jobs):
@@ -198,7 +209,7 @@ class BatchDecoder:
         positions = torch.arange(width, device=device)[None].expand(len(jobs), -1)
         states = self._trunk(ids.to(device), positions)
         last = states[torch.arange(len(jobs), device=device), lengths - 1]
-        tokens = _sample(self._target.head(last), temperatures)
+        tokens = _sample(self._target.head(last), None if self._greedy else temperatures)
         self._cache.prefill_rows = None
         self._cache.lengths[where], self._tokens[where], self._temperatures[where] = lengths, tokens, temperatures
         first: list[int] = tokens.tolist()
@@ -206,10 +217,12 @@ class BatchDecoder:
 
     @torch.no_grad()
     def _decode(self, rows: list[_Row | None]) -> None:
-        """Advance every row by some steps; free rows idle in their last slots."""
+        """Advance every row by some steps; free rows idle."""
         longest = int(self._cache.lengths[[index for index, row in enumerate(rows) if row]].max())
         self._cache.bucket = min(-(-(longest + _STEPS_PER_VISIT) // _BUCKET) * _BUCKET, self._cache.capacity)
-        # A row that was given up keeps decoding garbage; it must not run out of the cache.
+        # A row that was given up keeps decoding garbage: in its first slots, to read little, and never past the cache.
+        idle = [index for index, row in enumerate(rows) if row is None]
+        self._cache.lengths[idle] = 0
         self._cache.lengths.clamp_(max=self._cache.bucket - _STEPS_PER_VISIT)
         self._step.zero_()
         graph = self._graph()
@@ -222,9 +235,10 @@ class BatchDecoder:
     def _graph(self) -> torch.cuda.CUDAGraph | None:
         if self._target.device.type != "cuda":
             return None
-        if self._cache.bucket not in self._graphs:
-            self._graphs[self._cache.bucket] = self._capture()
-        return self._graphs[self._cache.bucket]
+        key = (self._cache.bucket, self._greedy)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture()
+        return self._graphs[key]
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         state = (self._tokens, self._cache.lengths, self._step)
@@ -245,7 +259,7 @@ class BatchDecoder:
     def _advance(self) -> None:
         self._cache.start_step()
         states = self._trunk(self._tokens[:, None], self._cache.lengths[:, None])
-        tokens = _sample(self._target.head(states[:, 0]), self._temperatures)
+        tokens = _sample(self._target.head(states[:, 0]), None if self._greedy else self._temperatures)
         self._history.index_copy_(0, self._step, tokens[None])
         self._tokens.copy_(tokens)
         self._cache.lengths.add_(1)
@@ -301,8 +315,16 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: f
     return torch.softmax(scores.float(), -1).to(value.dtype) @ value
 
 
-def _sample(logits: Tensor, temperatures: Tensor) -> Tensor:
-    """Return int64 `[rows]` drawn from `[rows, vocab]`; temperature 0 takes the likeliest."""
+def _reads_filled_slots(query: Tensor) -> bool:
+    """Return whether the kernel that reads filled slots alone serves these queries `[rows, heads, 1, head_dim]`."""
+    dim = query.shape[-1]
+    return query.is_cuda and dim >= 16 and dim & (dim - 1) == 0 and _HAS_TRITON
+
+
+def _sample(logits: Tensor, temperatures: Tensor | None) -> Tensor:
+    """Return int64 `[rows]` drawn from `[rows, vocab]`; temperature 0, or None for all, takes the likeliest."""
+    if temperatures is None:
+        return torch.argmax(logits, -1)
     # argmax(logits + T * gumbel) is a draw at temperature T, and the argmax at T = 0.
     noise = torch.empty_like(logits, dtype=torch.float32).exponential_().log_()
     return torch.argmax(logits.float() - temperatures[:, None] * noise, -1)

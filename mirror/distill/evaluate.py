@@ -8,27 +8,41 @@ and `report`. Runs in float32, so that the text is the one that a float32 bundle
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
 
-from mirror.distill.data import DataOptions, decoder_for, stop_tokens
+from mirror.distill.data import Batch, DataOptions, decoder_for, stop_tokens, to_device
 from mirror.distill.decode import Job
-from mirror.distill.heads import ExitHead
+from mirror.distill.layout import ChainOptions
 from mirror.distill.prompts import ChatFormat
-from mirror.distill.report import TOP, EvaluationOptions, Measured, report, save_positions
+from mirror.distill.reading import Read, read_draft
+from mirror.distill.report import (
+    COUPLED,
+    GREEDY,
+    SAMPLED,
+    TOP,
+    EvaluationOptions,
+    Measured,
+    report,
+    save_positions,
+    suggested,
+)
 from mirror.distill.rounds import Ints, Positions
-from mirror.distill.student import Student
-from mirror.distill.target import Target, load_target, load_tokenizer
+from mirror.distill.target import Head, Target, load_target, load_tokenizer
+from mirror.distill.train import Pupils
 from mirror.errors import ExportError
 
-_TOKENS_PER_READ = 16384  # of right-padded texts read together
+_TOKENS_PER_READ = 8192  # of right-padded texts read together
 _ROWS_PER_HEAD = 2048
+
+View = Callable[[Tensor, Tensor | None], Tensor]  # log-probs and noise [n, vocab] -> scores [n, vocab]
 
 
 @dataclass(frozen=True)
@@ -56,22 +70,34 @@ def read_questions(path: Path, chat: ChatFormat) -> list[Question]:
 
 def measure(
     target: Target,
-    student: Student | None,
-    heads: Mapping[int, ExitHead],
+    pupils: Pupils,
+    ranking: Sequence[int],
     questions: Sequence[Question],
     options: EvaluationOptions,
 ) -> list[Measured]:
-    """Return the positions of every question that fits. A missing draft is replaced by the first exit head."""
+    """Return the positions of every question that fits. A missing draft is replaced by the first exit head.
+
+    Args:
+        target: the target.
+        pupils: draft and exit heads.
+        ranking: the target's tokens by falling frequency, for trimmed vocabularies; empty for none.
+        questions: what is asked.
+        options: lengths and variants.
+    """
     fitting = [each for each in questions if len(each.prompt) + options.max_new_tokens <= options.max_length]
-    reader = _Reader(target, student, heads)
     prompts = [each.prompt for each in fitting]
     greedy = answers(target, prompts, 0.0, options)
     sampled = answers(target, prompts, 1.0, options)
-    own = reader.read(prompts, greedy, None)
-    drawn = reader.read(prompts, sampled, None)
-    coupled = reader.read(prompts, sampled, options.seed)
-    rows = zip(fitting, own, drawn, coupled, strict=True)
-    return [Measured(each.number, each.category, *texts) for each, *texts in rows if min(map(_length, texts)) > 1]
+    reader = _Reader(target, pupils, options.gamma)
+    laws = reader.read(prompts, greedy, None, {GREEDY: _as_it_is, **_trimmed_views(ranking, options)})
+    laws |= reader.read(prompts, sampled, None, {SAMPLED: _as_it_is})
+    laws |= reader.read(prompts, sampled, options.seed, _coupled_views(options))
+    rows = [(each, {law: texts[i] for law, texts in laws.items()}) for i, each in enumerate(fitting)]
+    return [
+        Measured(each.number, each.category, texts)
+        for each, texts in rows
+        if min(len(text.tokens) for text in texts.values()) > 1
+    ]
 
 
 def answers(
@@ -90,67 +116,156 @@ def answers(
 class _Reader:
     """Lets target, draft and exit heads read texts, and keeps their likeliest tokens."""
 
-    def __init__(self, target: Target, student: Student | None, heads: Mapping[int, ExitHead]) -> None:
-        self._target, self._student, self._heads = target, student, heads
+    def __init__(self, target: Target, pupils: Pupils, gamma: int) -> None:
+        self._target, self._pupils = target, pupils
+        streams = 0 if pupils.student is None else pupils.student.stream_count
+        # A draft with features is measured within branches, where its rows have none; others on their streams.
+        fed = pupils.feature_layer is not None
+        self._chains = ChainOptions(0 if fed else streams, gamma - 1 if fed else 0)
 
     def read(
-        self, prompts: Sequence[tuple[int, ...]], written: Sequence[Ints], coupling: int | None
-    ) -> list[Positions]:
-        """Return the positions of every text's answer.
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        written: Sequence[Ints],
+        coupling: int | None,
+        views: Mapping[str, View],
+    ) -> dict[str, list[Positions]]:
+        """Return the positions of every text's answer, by view.
 
         Args:
             prompts: token ids.
             written: the target's own answers, int64 `[n]` each.
-            coupling: seed of the noise that made the answers at temperature 1, drawn anew given the answers
-                and added to every pupil's logits; None for pupils that know nothing of it.
+            coupling: seed of the noise that made the answers at temperature 1, drawn anew given the answers;
+                None where there is none.
+            views: what a pupil's log-probs and the noise are made into, by name.
         """
-        found: list[Positions | None] = [None] * len(prompts)
+        found: dict[str, dict[int, Positions]] = {name: {} for name in views}
         lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, written, strict=True)]
         noise = None if coupling is None else torch.Generator(self._target.device).manual_seed(coupling)
         for group in _groups(lengths):
-            texts = self._read_group([prompts[i] for i in group], [written[i] for i in group], noise)
-            for index, text in zip(group, texts, strict=True):
-                found[index] = text
-        return [text for text in found if text is not None]
+            texts = self._read_group([prompts[i] for i in group], [written[i] for i in group], noise, views)
+            for name, parts in texts.items():
+                found[name] |= dict(zip(group, parts, strict=True))
+        return {name: [texts[i] for i in range(len(prompts))] for name, texts in found.items()}
 
     @torch.no_grad()
     def _read_group(
-        self, prompts: Sequence[tuple[int, ...]], written: Sequence[Ints], generator: torch.Generator | None
-    ) -> list[Positions]:
-        ids, where = _padded(prompts, written)
-        ids, where = ids.to(self._target.device), where.to(self._target.device)
-        final, exits = self._target.states(ids, tuple(self._heads))
-        states = {
-            str(layer): self._target.final_norm(head(exits[layer].flatten(0, 1)[where]))
-            for layer, head in self._heads.items()
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        written: Sequence[Ints],
+        noise: torch.Generator | None,
+        views: Mapping[str, View],
+    ) -> dict[str, list[Positions]]:
+        batch = _batch(prompts, written)
+        device, fed = self._target.device, self._pupils.feature_layer
+        layers = dict.fromkeys((*self._pupils.heads, *(() if fed is None else (fed,))))
+        final, exits = self._target.states(to_device(batch.input_ids, device), tuple(layers))
+        where = to_device(batch.learned, device)
+        scored = _Scored(self._target.head(final.flatten(0, 1)[where]), _following(batch).to(device), noise)
+        head = self._target.head
+        tops = {
+            str(layer): scored.likeliest(self._target.final_norm(own(exits[layer].flatten(0, 1)[where])), head, views)
+            for layer, own in self._pupils.heads.items()
         }
-        if self._student is not None:
-            states["draft"] = self._student(ids).flatten(0, 1)[where]
-        chosen = ids.flatten()[where + 1]
-        tops = self._likeliest(final.flatten(0, 1)[where], chosen, states, generator)
-        cuts = np.cumsum([len(answer) for answer in written])[:-1]
-        split = {name: np.split(top, cuts) for name, top in tops.items()}
-        draft = split.pop("draft") if self._student is not None else next(iter(split.values()))
-        return [
-            Positions(answer, draft[i], {int(layer): top[i] for layer, top in split.items()})
-            for i, answer in enumerate(written)
-        ]
+        student = self._pupils.student
+        said: dict[str, Ints] = {}
+        if student is not None:
+            read = read_draft(student, batch, None if fed is None else exits[fed], self._chains, device)
+            tops["draft"] = scored.likeliest(read.own, student.head, views)
+            said = self._on_chains(read, scored, student.head, views)
+        split = {view: _split(batch, {name: top[view] for name, top in tops.items()}, said.get(view)) for view in views}
+        return {
+            view: [self._positions(answer, parts[i]) for i, answer in enumerate(written)]
+            for view, parts in split.items()
+        }
 
-    def _likeliest(
-        self, final: Tensor, chosen: Tensor, states: Mapping[str, Tensor], generator: torch.Generator | None
+    def _on_chains(self, read: Read, scored: _Scored, head: Head, views: Mapping[str, View]) -> dict[str, Ints]:
+        """Return what the chain at each position says, int64 `[n, chain length]`, -1 past a text's end, by view."""
+        if read.layout is None:
+            return {}
+        rows = torch.from_numpy(read.layout.lesson).to(read.chains.device)
+        found = {}
+        for view, top in scored.likeliest(read.chains, head, views, rows=rows, most=1).items():
+            found[view] = np.full((scored.count, self._chains.length), -1)
+            found[view][read.layout.anchored, read.layout.step] = top[:, 0]
+        return found
+
+    def _positions(self, answer: Ints, parts: Mapping[str, Ints]) -> Positions:
+        exits = {int(name): top for name, top in parts.items() if name not in ("draft", "chains")}
+        draft = parts["draft"] if "draft" in parts else next(iter(exits.values()))
+        none = np.zeros((0, 0), np.int64)
+        chains = parts.get("chains", none)
+        fed = self._pupils.feature_layer is not None
+        return Positions(answer, draft, exits, none if fed else chains, chains if fed else none)
+
+
+class _Scored:
+    """The target's word on the positions of a batch: what pupils are scored beside.
+
+    `logits`: the target's, `[n, vocab]`. `chosen`: int64 `[n]`, the text's own tokens. `generator`: draws the
+    noise that made them; None for none.
+    """
+
+    def __init__(self, logits: Tensor, chosen: Tensor, generator: torch.Generator | None) -> None:
+        self.count = len(chosen)
+        parts = zip(torch.split(logits, _ROWS_PER_HEAD), torch.split(chosen, _ROWS_PER_HEAD), strict=True)
+        noise = [] if generator is None else [_posterior_noise(*part, generator) for part in parts]
+        self._noise = torch.cat(noise) if noise else None
+
+    def likeliest(
+        self, states: Tensor, head: Head, views: Mapping[str, View], *, rows: Tensor | None = None, most: int = TOP
     ) -> dict[str, Ints]:
-        """Return the likeliest tokens `[n, TOP]` of every pupil, from normalised states `[n, hidden]`."""
-        parts: dict[str, list[Ints]] = {name: [] for name in states}
-        for start in range(0, len(chosen), _ROWS_PER_HEAD):
-            rows = slice(start, start + _ROWS_PER_HEAD)
-            noise = None
-            if generator is not None:
-                noise = _posterior_noise(self._target.head(final[rows]), chosen[rows], generator)
-            for name, state in states.items():
-                scores = torch.log_softmax(self._target.head(state[rows]).float(), -1)
-                scores = scores if noise is None else scores + noise
-                parts[name].append(scores.topk(min(TOP, scores.shape[1]), -1).indices.cpu().numpy())
-        return {name: np.concatenate(part) for name, part in parts.items()}
+        """Return the likeliest tokens, int64 `[m, most]`, -1 for none, by view.
+
+        Args:
+            states: normalised states `[m, hidden]` of a pupil.
+            head: its LM head.
+            views: how scores are made.
+            rows: int64 `[m]`, the position that each state speaks about; None for all in turn.
+            most: tokens for each.
+        """
+        places = torch.arange(len(states), device=states.device) if rows is None else rows
+        parts: dict[str, list[Ints]] = {name: [np.zeros((0, most), np.int64)] for name in views}
+        for state, place in zip(torch.split(states, _ROWS_PER_HEAD), torch.split(places, _ROWS_PER_HEAD), strict=True):
+            log_p = torch.log_softmax(head(state).float(), -1)
+            given = None if self._noise is None else self._noise[place]
+            for name, view in views.items():
+                top = view(log_p, given).topk(min(most, log_p.shape[1]), -1)
+                parts[name].append(top.indices.masked_fill(top.values == -torch.inf, -1).cpu().numpy())
+        return {name: np.concatenate([each for each in part if each.size]) for name, part in parts.items()}
+
+
+def _as_it_is(log_p: Tensor, _: Tensor | None) -> Tensor:
+    return log_p
+
+
+def _noisy(log_p: Tensor, noise: Tensor | None) -> Tensor:
+    return log_p if noise is None else log_p + noise
+
+
+def _noisy_among(count: int, log_p: Tensor, noise: Tensor | None) -> Tensor:
+    """Add the noise to the `count` likeliest scores, as a host can that gets no others; drop the rest."""
+    least = log_p.topk(min(count, log_p.shape[1]), -1).values[:, -1:]
+    return _noisy(log_p, noise).masked_fill(log_p < least, -torch.inf)
+
+
+def _trimmed(known: Tensor, log_p: Tensor, _: Tensor | None) -> Tensor:
+    return log_p.masked_fill(~known.to(log_p.device), -torch.inf)
+
+
+def _trimmed_views(ranking: Sequence[int], options: EvaluationOptions) -> dict[str, View]:
+    views: dict[str, View] = {}
+    for size in options.vocabularies:
+        if size < len(ranking):
+            known = torch.zeros(len(ranking), dtype=torch.bool)
+            known[list(ranking[:size])] = True
+            views[f"{GREEDY}_vocabulary_{size}"] = partial(_trimmed, known)
+    return views
+
+
+def _coupled_views(options: EvaluationOptions) -> dict[str, View]:
+    among = {f"{COUPLED}_among_{count}": partial(_noisy_among, count) for count in options.coupled_scores}
+    return {COUPLED: _noisy, **among}
 
 
 def _posterior_noise(logits: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
@@ -179,8 +294,8 @@ def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _padded(prompts: Sequence[tuple[int, ...]], written: Sequence[Ints]) -> tuple[Tensor, Tensor]:
-    """Return right-padded ids `[batch, length]`, and the flat positions before each answer token."""
+def _batch(prompts: Sequence[tuple[int, ...]], written: Sequence[Ints]) -> Batch:
+    """Return right-padded texts, learned at the positions before each answer token."""
     texts = [[*prompt, *answer.tolist()] for prompt, answer in zip(prompts, written, strict=True)]
     length = max(map(len, texts))
     ids = torch.tensor([text + [0] * (length - len(text)) for text in texts])
@@ -188,27 +303,45 @@ def _padded(prompts: Sequence[tuple[int, ...]], written: Sequence[Ints]) -> tupl
     where = [
         torch.arange(row * length + len(prompt) - 1, row * length + len(text) - 1) for row, (prompt, text) in pairs
     ]
-    return ids, torch.cat(where)
+    return Batch(np.arange(len(texts)), ids, torch.cat(where), tuple(map(len, written)))
 
 
-def _length(text: Positions) -> int:
-    return len(text.tokens)
+def _following(batch: Batch) -> Tensor:
+    return batch.input_ids.flatten()[batch.learned + 1]
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Evaluate: `python -m mirror.distill.evaluate TARGET FOLDER QUESTIONS RESULT.json [LIMIT]`."""
-    from mirror.distill.run import load_pupils
+def _split(batch: Batch, tops: Mapping[str, Ints], said: Ints | None) -> list[dict[str, Ints]]:
+    """Return the parts of each text."""
+    cuts = np.cumsum(batch.counts)[:-1]
+    named = {**tops, **({} if said is None else {"chains": said})}
+    split = {name: np.split(top, cuts) for name, top in named.items()}
+    return [{name: parts[i] for name, parts in split.items()} for i in range(len(batch.counts))]
 
-    model, folder, questions, result = arguments[:4]
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("model")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("questions", type=click.Path(path_type=Path))
+@click.argument("result", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--limit", default=None, type=int, help="Ask the first questions only.")
+@click.option("--max-new-tokens", default=128, help="Longest answer.")
+@click.option("--set-defaults", is_flag=True, help="Write the defaults that follow into FOLDER/distill.json.")
+def main(
+    model: str, folder: Path, questions: Path, result: Path, limit: int | None, max_new_tokens: int, set_defaults: bool
+) -> None:
+    """Measure what `mirror distill` made in FOLDER for MODEL on QUESTIONS, into RESULT (JSON, and positions beside)."""
+    from mirror.distill import run
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = load_target(model, device, torch.float32)
-    pupils = load_pupils(Path(folder), target)
-    chosen = read_questions(Path(questions), ChatFormat(load_tokenizer(target.checkpoint)))
-    chosen = chosen[: int(arguments[4]) if len(arguments) > 4 else None]
-    options = EvaluationOptions()
-    measured = measure(target, pupils.student, pupils.heads, chosen, options)
-    save_positions(Path(result).with_suffix(".npz"), measured)
-    write_result(Path(result), measured, options, len(chosen), device_name(device))
+    pupils = run.load_pupils(folder, target)
+    chosen = read_questions(questions, ChatFormat(load_tokenizer(target.checkpoint)))[:limit]
+    options = EvaluationOptions(max_new_tokens=max_new_tokens)
+    measured = measure(target, pupils, run.load_ranking(folder), chosen, options)
+    save_positions(result.with_suffix(".npz"), measured)
+    write_result(result, measured, options, len(chosen), device_name(device))
+    if set_defaults:
+        run.set_defaults(folder, suggested(measured, options))
 
 
 def write_result(path: Path, measured: Sequence[Measured], options: EvaluationOptions, asked: int, device: str) -> None:
@@ -221,6 +354,7 @@ def write_result(path: Path, measured: Sequence[Measured], options: EvaluationOp
         "questions": len(measured),
         "left_out": asked - len(measured),
     }
+    facts["suggested"] = suggested(measured, options)
     path.write_text(json.dumps(facts | report(measured, options), indent=1) + "\n", encoding="utf-8")
 
 
@@ -230,4 +364,4 @@ def device_name(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

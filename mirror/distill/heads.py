@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mirror.distill.storage import load_tensors, save_tensors
 from mirror.errors import DraftError
 
 
@@ -40,10 +40,9 @@ def exit_head_file(layer: int) -> str:
     return f"exit_head_{layer}.safetensors"
 
 
-def save_exit_head(head: ExitHead, folder: Path, layer: int) -> None:
-    """Write an exit head as float16."""
-    tensors = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in head.state_dict().items()}
-    save_file(tensors, folder / exit_head_file(layer))
+def save_exit_head(head: ExitHead, folder: Path, layer: int, *, int8: bool = False) -> None:
+    """Write an exit head as float16, its matrices as int8 where asked."""
+    save_tensors(head.state_dict(), folder / exit_head_file(layer), int8=int8)
 
 
 def load_exit_head(folder: Path, layer: int, eps: float) -> ExitHead:
@@ -57,8 +56,25 @@ def load_exit_head(folder: Path, layer: int, eps: float) -> ExitHead:
         raise DraftError(
             f"{folder} has no exit head for layer {layer}; train one with `mirror distill --exit-layers {layer}`"
         )
-    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    tensors = load_tensors(path)
     size, hidden = tensors["gate.weight"].shape
     head = ExitHead(hidden, size, eps)
     head.load_state_dict(tensors)
     return head
+
+
+def grown(head: ExitHead, size: int) -> ExitHead:
+    """Return an exit head of more inner channels that computes the same: the new ones add nothing yet.
+
+    Raises:
+        DraftError: it has more channels than that already.
+    """
+    had, hidden = head.gate.weight.shape
+    if size < had:
+        raise DraftError(f"the exit head to start from has {had} channels, {size} were asked; ask for at least {had}")
+    larger = ExitHead(hidden, size, head.norm.eps or 0.0)
+    with torch.no_grad():
+        larger.norm.weight.copy_(head.norm.weight)
+        larger.gate.weight[:had], larger.up.weight[:had] = head.gate.weight, head.up.weight
+        larger.down.weight[:, :had] = head.down.weight
+    return larger

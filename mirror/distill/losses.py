@@ -45,48 +45,47 @@ class Taught:
     covered: Tensor
 
 
-def teach(
-    students: Sequence[Tensor],
-    final: Tensor,
-    head: Head,
-    weights: Sequence[LossWeights],
-    *,
-    compiled: bool = False,
-    counted: bool = True,
-) -> list[Taught]:
-    """Return loss and gradient of several students on the same positions.
+@dataclass(frozen=True)
+class Pupil:
+    """One who learns: normalised states `[n, hidden]` without history, its LM head, and what is minimised."""
+
+    states: Tensor
+    head: Head
+    weights: LossWeights
+
+
+def teach(pupils: Sequence[Pupil], final: Tensor, head: Head, compiled: bool, counted: bool) -> list[Taught]:
+    """Return loss and gradient of several pupils on the same positions.
 
     Args:
-        students: normalised states `[n, hidden]` of each, without history.
+        pupils: who learns.
         final: the target's normalised states `[n, hidden]`.
         head: the target's LM head.
-        weights: what is minimised, for each student.
         compiled: fuse the passes over the vocabulary with torch.compile; worth it on CUDA.
         counted: whether agreement and coverage are wanted.
     """
     chunk = max(1, _CHUNK_BYTES // (4 * head.weight.shape[0]))
     step = _compiled_step() if compiled else _loss_and_gradient
-    parts: list[list[Taught]] = [[] for _ in students]
+    parts: list[list[Taught]] = [[] for _ in pupils]
     for start in range(0, final.shape[0], chunk):
         rows = slice(start, start + chunk)
         with torch.no_grad():
             teacher = head(final[rows])
             best = teacher.argmax(-1)
-            for part, student, weight in zip(parts, students, weights, strict=True):
-                part.append(_teach_chunk(student[rows], teacher, best, head, weight, step, counted))
+            for part, pupil in zip(parts, pupils, strict=True):
+                part.append(_teach_chunk(pupil, rows, teacher, best, step, counted))
     return [_joined(part) for part in parts]
 
 
 Step = Callable[[Tensor, Tensor, Tensor, float, float, float], tuple[Tensor, Tensor]]
 
 
-def _teach_chunk(
-    states: Tensor, teacher: Tensor, best: Tensor, head: Head, weight: LossWeights, step: Step, counted: bool
-) -> Taught:
-    logits = head(states)  # [chunk, vocab]
+def _teach_chunk(pupil: Pupil, rows: slice, teacher: Tensor, best: Tensor, step: Step, counted: bool) -> Taught:
+    logits = pupil.head(pupil.states[rows])  # [chunk, vocab]
+    weight = pupil.weights
     loss, slope = step(logits, teacher, best, weight.kl, weight.ce, weight.focus)
     agreed, covered = _counts(logits, best) if counted else (loss.new_zeros(()), loss.new_zeros(()))
-    return Taught(head.states_gradient(slope, logits), loss.sum(), agreed, covered)
+    return Taught(pupil.head.states_gradient(slope, logits), loss.sum(), agreed, covered)
 
 
 def _counts(logits: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,9 +40,9 @@ class ChatFormat:
         """Return the ids of a conversation of one user turn, open for the answer."""
         return self._ids(self._before + text.strip() + self._after)
 
-    def open_turn(self) -> tuple[int, ...]:
-        """Return the ids that lead to a user's turn, for the target to write one."""
-        return self._ids(self._before)
+    def open_turn(self, opening: str = "") -> tuple[int, ...]:
+        """Return the ids that lead to a user's turn, for the target to write one from its opening words on."""
+        return self._ids(self._before + opening)
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""
@@ -75,6 +75,37 @@ def read_prompts(path: Path) -> list[Prompt]:
         )
     lines = path.read_text(encoding="utf-8").split("\n")
     return [Prompt(path.stem, _prompt_text(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+OPENINGS = (
+    "Who played", "Who wrote", "Who was the", "Who is the", "Who sings", "Who invented", "When did", "When was",
+    "When is", "Where was", "Where is", "Where did", "Where does", "What is the", "What was the", "What are the",
+    "What does", "What year did", "What kind of", "How many", "How did", "How long", "How does", "Which", "Why do",
+    "Why did", "In what", "The", "Name the", "Explain", "Describe", "Write a", "Compose", "Imagine", "Pretend",
+    "Compare", "Given", "If", "Suppose", "Can you", "Discuss", "Create a", "Develop a", "Draft", "Evaluate", "Extract",
+    "A store", "There are",
+)  # fmt: skip
+
+
+def given_passages(prompts: Iterable[Prompt], least_words: int = 40) -> list[str]:
+    """Return the passages that given prompts are about: the longest line of each that has one of so many words."""
+    found = (max(prompt.text.split("\n"), key=len) for prompt in prompts)
+    bare = (re.sub(r"^[A-Z][A-Za-z ]{2,20}: *", "", line).strip() for line in found)
+    return list(dict.fromkeys(line for line in bare if len(line.split()) >= least_words))
+
+
+def given_tasks(passages: Sequence[str], questions: Sequence[str], count: int, seed: int) -> list[Prompt]:
+    """Return so many tasks on given passages: summaries and questions by turns, on one to three passages each."""
+    source = random.Random(f"given {seed}")
+    tasks = []
+    for number in range(count if passages else 0):
+        texts = source.sample(passages, min(len(passages), source.choice((1, 1, 2, 3))))
+        if number % 2 == 0:
+            tasks.append(Prompt("summarise", f"{source.choice(_SUMMARISE)} {chr(10).join(texts)}"))
+            continue
+        asked = _question(source.choice(texts), questions or ("What is this about?",), source)
+        tasks.append(Prompt("answer", "\n".join([*texts, asked])))
+    return tasks
 
 
 def topics(prompts: Iterable[Prompt], count: int, seed: int) -> list[str]:

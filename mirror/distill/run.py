@@ -5,6 +5,7 @@
       exit_head_15.safetensors ..   one adapter for each exit layer
       draft/config.json             the draft, without the embedding and LM head that it shares
       draft/model.safetensors
+      vocabulary.safetensors        the target's tokens, the most frequent in its answers first
       README.md  training.svg       the model card and its curves
       log.jsonl                     every 20th step's losses, every measurement
 
@@ -23,22 +24,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.numpy import load_file, save_file
 
 from mirror.distill.card import write_card
-from mirror.distill.data import Corpus, DataOptions, held_out, make_corpus
-from mirror.distill.heads import ExitHead, exit_head_file, load_exit_head, save_exit_head
+from mirror.distill.data import Corpus, DataOptions, Ints, coverage_of, held_out, make_corpus, ranking
+from mirror.distill.heads import ExitHead, exit_head_file, grown, load_exit_head, save_exit_head
 from mirror.distill.plot import write_plot
 from mirror.distill.progress import DistillProgress, SilentProgress
-from mirror.distill.student import Student, load_student, make_student, save_student, spread_layers
+from mirror.distill.student import (
+    Student,
+    StudentOptions,
+    load_student,
+    make_student,
+    norm_eps,
+    save_student,
+    spread_layers,
+    student_of,
+    take_up,
+)
 from mirror.distill.target import Target, load_target, target_fingerprint
 from mirror.distill.train import LOG_FILE, Pupils, Trainer, TrainOptions, TrainReport
 from mirror.errors import DraftError, ExportError
 
-FORMAT = 1
+FORMAT = 2
 FACTS_FILE = "distill.json"
 DRAFT_FOLDER = "draft"
 CARD_FILE = "README.md"
 PLOT_FILE = "training.svg"
+VOCABULARY_FILE = "vocabulary.safetensors"
+_VOCABULARY_STEP = 4096  # sizes of a trimmed vocabulary that are considered
 _TRAINING = "training"
 
 
@@ -47,14 +61,24 @@ class DistillOptions:
     """What is trained and from what.
 
     `exit_layers`: None for half and two thirds of the target's. `draft_layers`: which of the target's
-    layers the draft starts as; None for four of them, () for no draft. `adapter_size`: the inner width
-    of an exit head. `device`: None for CUDA where there is one. `cache`: where corpora are kept; None
-    for a folder beside the output.
+    layers the draft starts as; None for four of them, () for no draft. `draft_model`: a small model with the
+    target's tokenizer to start from instead. `streams`: speculative streams of the draft. `feature_layer`: the exit
+    layer whose state feeds the draft; None for none. `adapter_sizes`: the inner width of the exit heads, one for all
+    or one for each. `start`: a finished training for the same target to go on from; its exit heads may grow, and its
+    draft by layers. `vocabulary_coverage`: the share of held-out answer tokens that the suggested trimmed vocabulary
+    has to hold. `int8`: store matrices as 8-bit integers. `device`: None for CUDA where there is one. `cache`: where
+    corpora are kept; None for a folder beside the output.
     """
 
     exit_layers: tuple[int, ...] | None = None
     draft_layers: tuple[int, ...] | None = None
-    adapter_size: int = 1536
+    draft_model: Path | None = None
+    streams: int = 3
+    feature_layer: int | None = None
+    adapter_sizes: tuple[int, ...] = (1536,)
+    start: Path | None = None
+    vocabulary_coverage: float = 0.99
+    int8: bool = True
     held_out_share: float = 0.004
     device: str | None = None
     cache: Path | None = None
@@ -97,7 +121,7 @@ def distill(
     trainer = Trainer(loaded, pupils, corpus, split, options.train, output / _TRAINING)
     report = trainer.run(progress)
     if report.finished:
-        _write(loaded, pupils, corpus, recipe, report, output)
+        _write(_Made(loaded, pupils, corpus, split, options, recipe, report), output)
     return DistillReport(output, report.finished, dict(report.figures))
 
 
@@ -112,8 +136,27 @@ def load_pupils(folder: Path, target: Target) -> Pupils:
     heads = {
         layer: load_exit_head(folder, layer, facts["norm_eps"]).to(target.device) for layer in facts["exit_layers"]
     }
-    has_draft = (folder / DRAFT_FOLDER).is_dir()
-    return Pupils(load_student(folder / DRAFT_FOLDER, target) if has_draft else None, heads)
+    draft = facts["draft"]
+    student = None if draft is None else load_student(folder / DRAFT_FOLDER, target)
+    return Pupils(student, heads, None if draft is None else draft["feature_layer"])
+
+
+def load_ranking(folder: Path) -> list[int]:
+    """Return the target's tokens by falling frequency, as a finished training ranked them.
+
+    Raises:
+        DraftError: the folder has no ranking.
+    """
+    path = folder / VOCABULARY_FILE
+    if not path.is_file():
+        raise DraftError(f"{folder} has no {VOCABULARY_FILE}; train again")
+    ids: list[int] = load_file(path)["ids"].tolist()
+    return ids
+
+
+def set_defaults(folder: Path, defaults: dict[str, Any]) -> None:
+    """Write into `distill.json` what an export should do when it is told nothing."""
+    _write_facts(read_facts(folder) | {"defaults": defaults}, folder)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -153,11 +196,18 @@ def _recipe(target: Target, options: DistillOptions) -> dict[str, Any]:
     """Return the settled choices as JSON values: what two runs must share to be one training."""
     total = int(target.config.num_hidden_layers)
     exits = options.exit_layers if options.exit_layers is not None else (total // 2, total * 2 // 3)
-    layers = options.draft_layers if options.draft_layers is not None else spread_layers(total, min(4, total))
-    wrong = [layer for layer in exits if not 0 < layer < total] + [layer for layer in layers if not 0 <= layer < total]
+    layers = _draft_layers(options, total)
+    fed = options.feature_layer
+    asked = [*exits, *(() if fed is None else (fed,))]
+    wrong = [layer for layer in asked if not 0 < layer < total]
+    wrong += [layer for layer in layers or () if not 0 <= layer < total]
     if wrong:
         raise ExportError(
             f"the target has {total} layers and no layer {wrong[0]} to exit after or to draft with; choose others"
+        )
+    if len(options.adapter_sizes) not in (1, len(exits)):
+        raise ExportError(
+            f"there are {len(options.adapter_sizes)} adapter sizes for {len(exits)} exit layers; give one, or one each"
         )
     train = dataclasses.asdict(options.train)
     for name in ("stop_after_s", "checkpoint_every_s", "cache_bytes"):
@@ -165,12 +215,26 @@ def _recipe(target: Target, options: DistillOptions) -> dict[str, Any]:
     data = dataclasses.asdict(options.data) | {"files": [path.name for path in options.data.files]}
     return {
         "exit_layers": list(exits),
-        "draft_layers": list(layers),
-        "adapter_size": options.adapter_size,
+        "adapter_sizes": list(options.adapter_sizes) * (len(exits) if len(options.adapter_sizes) == 1 else 1),
+        "draft_layers": None if layers is None else list(layers),
+        "draft_model": None if options.draft_model is None else options.draft_model.name,
+        "streams": options.streams,
+        "feature_layer": fed,
+        "start": None if options.start is None else read_facts(options.start)["recipe"],
         "held_out_share": options.held_out_share,
+        "int8": options.int8,
         "data": data,
         "train": train,
     }
+
+
+def _draft_layers(options: DistillOptions, total: int) -> tuple[int, ...] | None:
+    """Return the target's layers that the draft starts as, () for no draft, None for a given model."""
+    if options.draft_model is not None:
+        if options.draft_layers or options.start:
+            raise DraftError("a draft starts from a model, from layers or from a training; give only one of them")
+        return None
+    return options.draft_layers if options.draft_layers is not None else spread_layers(total, min(4, total))
 
 
 def _check_output(output: Path, recipe: dict[str, Any]) -> None:
@@ -192,49 +256,100 @@ def _check_output(output: Path, recipe: dict[str, Any]) -> None:
 def _pupils(target: Target, options: DistillOptions, recipe: dict[str, Any]) -> Pupils:
     torch.manual_seed(options.train.seed)
     hidden = int(target.head.weight.shape[1])
-    heads = {
-        layer: ExitHead(hidden, options.adapter_size, norm_eps(target)).to(target.device)
-        for layer in recipe["exit_layers"]
+    sizes = dict(zip(recipe["exit_layers"], recipe["adapter_sizes"], strict=True))
+    heads = {layer: ExitHead(hidden, size, norm_eps(target)) for layer, size in sizes.items()}
+    student = _student(target, options, recipe)
+    if options.start is not None:
+        heads = _take_up(target, options.start, student, heads, recipe)
+    return Pupils(student, {layer: head.to(target.device) for layer, head in heads.items()}, recipe["feature_layer"])
+
+
+def _student(target: Target, options: DistillOptions, recipe: dict[str, Any]) -> Student | None:
+    chosen = StudentOptions(options.streams, options.feature_layer is not None, norm_eps(target))
+    if options.draft_model is not None:
+        return student_of(options.draft_model, target, chosen)
+    return make_student(target, recipe["draft_layers"], chosen) if recipe["draft_layers"] else None
+
+
+def _take_up(
+    target: Target, start: Path, student: Student | None, heads: dict[int, ExitHead], recipe: dict[str, Any]
+) -> dict[int, ExitHead]:
+    """Give the draft the weights of a finished training; return the exit heads with theirs, where it has them."""
+    facts = read_facts(start)
+    check_made_for(start, facts, target_fingerprint(target.checkpoint))
+    had = facts["draft"]
+    if student is not None and had is not None and had["layers"] is not None:
+        take_up(student, start / DRAFT_FOLDER, (had["layers"], recipe["draft_layers"]))
+    return {
+        layer: grown(load_exit_head(start, layer, facts["norm_eps"]), head.gate.weight.shape[0])
+        if layer in facts["exit_layers"]
+        else head
+        for layer, head in heads.items()
     }
-    layers = recipe["draft_layers"]
-    student: Student | None = make_student(target, layers) if layers else None
-    return Pupils(student, heads)
 
 
-def norm_eps(target: Target) -> float:
-    """Return the epsilon of the exit heads' norm: the target's own, where it has one."""
-    config = target.config
-    return float(getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_eps", None) or 1e-5)
+@dataclass(frozen=True)
+class _Made:
+    """A finished training, to be written down; `split` holds the texts learnt from and those kept."""
+
+    target: Target
+    pupils: Pupils
+    corpus: Corpus
+    split: tuple[list[int], list[int]]
+    options: DistillOptions
+    recipe: dict[str, Any]
+    report: TrainReport
 
 
-def _write(
-    target: Target, pupils: Pupils, corpus: Corpus, recipe: dict[str, Any], report: TrainReport, output: Path
-) -> None:
-    facts = _facts(target, pupils, corpus, recipe, report)
-    for layer, head in pupils.heads.items():
-        save_exit_head(head, output, layer)
-    if pupils.student is not None:
-        save_student(pupils.student, output / DRAFT_FOLDER)
+def _write(made: _Made, output: Path) -> None:
+    ranked = ranking(made.corpus, made.target.vocab_size)
+    facts = _facts(made) | {"vocabulary": _vocabulary(made, ranked)}
+    for layer, head in made.pupils.heads.items():
+        save_exit_head(head, output, layer, int8=made.options.int8)
+    if made.pupils.student is not None:
+        save_student(made.pupils.student, output / DRAFT_FOLDER, int8=made.options.int8)
+    save_file({"ids": ranked.astype("int32")}, output / VOCABULARY_FILE)
     shutil.copyfile(output / _TRAINING / LOG_FILE, output / LOG_FILE)
     write_plot(output / LOG_FILE, output / PLOT_FILE)
     write_card(facts, output / CARD_FILE)
-    partial = output / (FACTS_FILE + ".partial")
-    partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, output / FACTS_FILE)
+    _write_facts(facts, output)
     shutil.rmtree(output / _TRAINING)
 
 
-def _facts(
-    target: Target, pupils: Pupils, corpus: Corpus, recipe: dict[str, Any], report: TrainReport
-) -> dict[str, Any]:
+def _write_facts(facts: dict[str, Any], output: Path) -> None:
+    partial = output / (FACTS_FILE + ".partial")
+    partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, output / FACTS_FILE)
+
+
+def _vocabulary(made: _Made, ranked: Ints) -> int | None:
+    """Return how many tokens a trimmed vocabulary should have, by what held-out answers need; None for all."""
+    sizes = range(_VOCABULARY_STEP, len(ranked) * 3 // 4 + 1, _VOCABULARY_STEP)
+    covered = coverage_of(ranked, made.corpus, made.split[1] or made.split[0], sizes)
+    return next((size for size in sizes if covered[size] >= made.options.vocabulary_coverage), None)
+
+
+def _facts(made: _Made) -> dict[str, Any]:
+    target, recipe, student = made.target, made.recipe, made.pupils.student
+    draft = None
+    if student is not None:
+        draft = {
+            "layers": recipe["draft_layers"],
+            "parameters": student.size,
+            "streams": student.stream_count,
+            "feature_layer": made.pupils.feature_layer,
+        }
+    corpus = made.corpus
     return {
         "format": FORMAT,
         "target": {"name": Path(target.checkpoint.name).name, **target_fingerprint(target.checkpoint)},
+        "norm_eps": norm_eps(target),
         "exit_layers": recipe["exit_layers"],
         "exit_head_files": [exit_head_file(layer) for layer in recipe["exit_layers"]],
-        "norm_eps": norm_eps(target),
-        "draft_parameters": None if pupils.student is None else pupils.student.size,
+        "draft": draft,
+        "vocabulary": None,
+        "defaults": {},
         "recipe": recipe,
         "corpus": {"texts": len(corpus), "tokens": len(corpus.tokens), "answer_tokens": corpus.answer_tokens},
-        "results": {"steps": report.steps, "held_out": dict(report.figures)},
+        "results": {"steps": made.report.steps, "held_out": dict(made.report.figures)},
     }

@@ -132,7 +132,15 @@ def freeze(checkpoint: Checkpoint, model: Any) -> Target:
     """
     model.eval().requires_grad_(False)
     norm = final_norm(model)
-    return Target(checkpoint, model, decoder_layers(model, checkpoint.config), norm, _head(model, checkpoint.config))
+    return Target(checkpoint, model, decoder_layers(model, checkpoint.config), norm, head_of(model, checkpoint.config))
+
+
+def compile_layers(model: Any, config: PretrainedConfig) -> None:
+    """Let torch.compile fuse what happens within each decoder layer, once; all layers share one compiled form."""
+    for layer in decoder_layers(model, config):
+        if "forward" in vars(layer):
+            continue
+        layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def final_norm(model: Any) -> nn.Module:
@@ -186,7 +194,8 @@ def _plain_model(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _head(model: Any, config: PretrainedConfig) -> Head:
+def head_of(model: Any, config: PretrainedConfig) -> Head:
+    """Return a model's LM head as arithmetic."""
     output = model.get_output_embeddings()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)

@@ -16,21 +16,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mirror.distill.data import Batch, Corpus, batches, to_device
 from mirror.distill.heads import ExitHead
-from mirror.distill.losses import LossWeights, Taught, teach
+from mirror.distill.layout import ChainOptions, Layout
+from mirror.distill.losses import LossWeights, Pupil, Taught, teach
 from mirror.distill.progress import DistillProgress
-from mirror.distill.rounds import tokens_per_round
+from mirror.distill.reading import read_draft
+from mirror.distill.rounds import tokens_per_round, windows_of
 from mirror.distill.student import Student
-from mirror.distill.target import Target
+from mirror.distill.target import Head, Target, compile_layers
 from mirror.distill.teacher import Lesson, Teacher
 from mirror.errors import DraftError
 
 CHECKPOINT_FILE = "training.pt"
 LOG_FILE = "log.jsonl"
+CHAINS = "streams"  # the name of the rows behind a text among the pupils
+_MOST_COPIES = 6  # rows without a feature that a chain of training has at most
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,10 @@ class TrainOptions:
 
     `steps`: optimiser steps. `tokens_per_batch`: tokens of a step, padding and prompts included. From
     `focus_after` (a share of the steps) on, the draft's cross-entropy is focused (see `LossWeights`) and
-    KL counts `late_kl`. `budget_s`: end after so many seconds of training, the schedule following the
-    clock, if that comes before `steps`. `stop_after_s`: leave with a checkpoint after so many seconds, to
-    be resumed. `cache_bytes`: device memory for what the target said in the first epoch.
+    KL counts `late_kl`. `stream_every`: positions from one place with streams to the next, `stream_weight`: what
+    a stream's loss counts beside the draft's own. `budget_s`: end after so many seconds of training, the
+    schedule following the clock, if that comes before `steps`. `stop_after_s`: leave with a checkpoint after so
+    many seconds, to be resumed. `cache_bytes`: device memory for what the target said in the first epoch.
     """
 
     steps: int = 2000
@@ -59,22 +65,20 @@ class TrainOptions:
     checkpoint_every_s: float = 120.0
     budget_s: float | None = None
     stop_after_s: float = math.inf
-    cache_bytes: int = 48 * 2**30
+    cache_bytes: int = 40 * 2**30
+    stream_every: int = 4
+    stream_weight: float = 0.25
     compiled: bool = False
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Pupils:
-    """What is trained: a draft or none, and exit heads by layer."""
+    """What is trained: a draft or none, and exit heads by layer; the layer that feeds the draft, None for none."""
 
     student: Student | None
     heads: Mapping[int, ExitHead]
-
-    def modules(self) -> nn.ModuleDict:
-        """Return all of them under names of their own."""
-        named: dict[str, nn.Module] = {f"exit_{layer}": head for layer, head in self.heads.items()}
-        return nn.ModuleDict(named if self.student is None else {**named, "draft": self.student.model})
+    feature_layer: int | None = None
 
     def own(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""
@@ -108,7 +112,11 @@ class Trainer:
         self._target, self._pupils, self._corpus = target, pupils, corpus
         self._learn, self._keep = split
         self._options, self._folder = options, folder
-        self._teacher = Teacher(target, corpus, tuple(pupils.heads), options.cache_bytes)
+        self._teacher = Teacher(target, corpus, tuple(pupils.heads), options.cache_bytes, pupils.feature_layer)
+        if options.compiled:
+            compile_layers(target.model, target.config)
+            if pupils.student is not None:
+                compile_layers(pupils.student.model, pupils.student.model.config)
         self._step = 0
         self._spent_s = 0.0
         self._answer_tokens = 0
@@ -123,6 +131,8 @@ class Trainer:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         self._restore()
+        if self._options.compiled:
+            self._warm_up()
         progress.start("training", self._options.steps)
         progress.advance(self._step)
         before_s, began = self._spent_s, time.perf_counter()
@@ -144,6 +154,24 @@ class Trainer:
             progress.report(self._measure())
         self._save()
         return TrainReport(self._step, finished, dict(self._figures))
+
+    def _warm_up(self) -> None:
+        """Let the layers compile on sizes that are no constant of any model, which torch would take for one."""
+        rows, length = 37, 96
+        learned = torch.arange(rows * length).view(rows, length)[:, 9:-1].flatten()
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        batch = Batch(np.arange(rows), ids, learned, (len(learned) // rows,) * rows)
+        self._target.states(ids.to(self._target.device), ())
+        if self._pupils.student is None:
+            return
+        features = None
+        if self._pupils.feature_layer is not None:
+            features = torch.zeros(rows, length, self._target.head.weight.shape[1], device=self._target.device)
+        chosen = chain_options(self._pupils, self._options, 0)
+        with _mixed(self._target):
+            read = read_draft(self._pupils.student, batch, features, chosen, self._target.device)
+        torch.autograd.backward([read.own.sum() * 0])
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _done(self) -> float:
         """Return the share of the training that is over, by steps or by the clock."""
@@ -178,34 +206,58 @@ class Trainer:
         """Add one batch's gradients to the pupils; return losses and agreement every 20th step, else nothing."""
         logged = (self._step + 1) % 20 == 0
         lesson = self._teacher.lesson(batch)
+        chosen = chain_options(self._pupils, self._options, self._step)
         with _mixed(self._target):
-            states = self._pupil_states(batch, lesson)
-        leaves = [value.detach() for value in states.values()]
-        weights = [self._weights(name) for name in states]
-        taught = teach(
-            leaves, lesson.final, self._target.head, weights, compiled=self._options.compiled, counted=logged
-        )
-        # Summed losses, divided here: every position of a batch counts the same.
+            states, layout = self._pupil_states(batch, lesson, chosen)
+        leaves = {name: value.detach() for name, value in states.items()}
+        taught = self._taught(leaves, lesson, layout, counted=logged)
         count = len(batch.learned)
-        gradients = [(part.gradient / count).to(leaf.dtype) for part, leaf in zip(taught, leaves, strict=True)]
+        # Summed losses, divided here: every position of a batch counts the same.
+        gradients = [(taught[name].gradient / count).to(leaf.dtype) for name, leaf in leaves.items() if name != CHAINS]
+        if layout is not None:
+            share = _row_weights(layout, chosen, self._options, self._target.device) * chosen.length / len(layout.where)
+            gradients.append((taught[CHAINS].gradient * share[:, None]).to(leaves[CHAINS].dtype))
         torch.autograd.backward(list(states.values()), gradients)
-        return _shares(list(states), taught, count) if logged else {}
+        return _shares(taught, leaves) if logged else {}
 
-    def _pupil_states(self, batch: Batch, lesson: Lesson) -> dict[str, Tensor]:
-        """Return the normalised states `[n, hidden]` of every pupil at the learned positions."""
+    def _taught(
+        self, leaves: Mapping[str, Tensor], lesson: Lesson, layout: Layout | None, *, counted: bool
+    ) -> dict[str, Taught]:
+        """Return what every pupil learns; the chains' rows follow the others in the result."""
+        options, head = self._options, self._target.head
+        names = [name for name in leaves if name != CHAINS]
+        pupils = [Pupil(leaves[name], self._head(name), self._weights(name)) for name in names]
+        found = dict(zip(names, teach(pupils, lesson.final, head, options.compiled, counted), strict=True))
+        if layout is not None:
+            where = to_device(torch.from_numpy(layout.lesson), self._target.device)
+            chains = Pupil(leaves[CHAINS], self._head(CHAINS), self._weights(CHAINS))
+            (found[CHAINS],) = teach([chains], lesson.final[where], head, options.compiled, counted)
+        return found
+
+    def _head(self, name: str) -> Head:
+        student = self._pupils.student
+        return student.head if student is not None and name in ("draft", CHAINS) else self._target.head
+
+    def _pupil_states(
+        self, batch: Batch, lesson: Lesson, chosen: ChainOptions
+    ) -> tuple[dict[str, Tensor], Layout | None]:
+        """Return the normalised states `[n, hidden]` of every pupil at the learned positions; chains come last."""
         states = {
             f"exit_{layer}": self._target.final_norm(head(lesson.exits[layer]))
             for layer, head in self._pupils.heads.items()
         }
-        if self._pupils.student is not None:
-            device = self._target.device
-            own = self._pupils.student(to_device(batch.input_ids, device))
-            states["draft"] = own.flatten(0, 1)[to_device(batch.learned, device)]
-        return states
+        if self._pupils.student is None:
+            return states, None
+        read = read_draft(self._pupils.student, batch, lesson.features, chosen, self._target.device)
+        states["draft"] = read.own
+        if read.layout is None or not len(read.layout.where):
+            return states, None
+        states[CHAINS] = read.chains
+        return states, read.layout
 
     def _weights(self, name: str) -> LossWeights:
         options = self._options
-        if name == "draft" and self._done() >= options.focus_after:
+        if name in ("draft", CHAINS) and self._done() >= options.focus_after:
             return LossWeights(options.late_kl, 1.0, options.focus)
         return LossWeights(options.kl, options.ce)
 
@@ -218,7 +270,7 @@ class Trainer:
             count += self._measure_batch(batch, totals, agreed)
         figures = {name: value / max(count, 1) for name, value in totals.items()}
         if agreed:
-            figures["tokens_per_round"] = tokens_per_round(agreed, gamma=7)
+            figures["tokens_per_round"] = tokens_per_round(windows_of(text, 7) for text in agreed)
         figures["answer_tokens_per_s"] = self._answer_tokens / max(self._spent_s, 1e-9)
         self._figures = figures
         self._log({"step": self._step, "held_out": figures, "answer_tokens": self._answer_tokens})
@@ -227,12 +279,14 @@ class Trainer:
     @torch.no_grad()
     def _measure_batch(self, batch: Batch, totals: dict[str, float], agreed: list[list[bool]]) -> int:
         lesson = self._teacher.lesson(batch)
+        chosen = chain_options(self._pupils, self._options, 0)
         with _mixed(self._target):
-            states = self._pupil_states(batch, lesson)
-        weights = [LossWeights()] * len(states)
-        taught = teach(list(states.values()), lesson.final, self._target.head, weights, compiled=self._options.compiled)
-        for name, value in _shares(list(states), taught, 1).items():
-            totals[name] = totals.get(name, 0.0) + value
+            states, layout = self._pupil_states(batch, lesson, chosen)
+        taught = self._taught(states, lesson, layout, counted=True)
+        for name, part in taught.items():
+            share = len(batch.learned) / len(states[name])  # chains have fewer rows: their mean is what counts
+            for figure, value in (("loss", part.loss), ("top1", part.agreed), ("top8", part.covered)):
+                totals[f"{name}_{figure}"] = totals.get(f"{name}_{figure}", 0.0) + float(value) * share
         if "draft" in states:
             agreed.extend(self._agreement(states["draft"], batch))
         return len(batch.learned)
@@ -240,7 +294,8 @@ class Trainer:
     def _agreement(self, states: Tensor, batch: Batch) -> list[list[bool]]:
         """Return for each text at which of its answer's positions the draft's likeliest token is the text's next."""
         following = batch.input_ids.flatten()[batch.learned + 1]
-        chosen = torch.cat([self._target.head(part).argmax(-1) for part in torch.split(states, 8192)]).cpu()
+        head = self._head("draft")
+        chosen = torch.cat([head(part).argmax(-1) for part in torch.split(states, 8192)]).cpu()
         parts = iter((chosen == following).tolist())
         return [[next(parts) for _ in range(count)] for count in batch.counts]
 
@@ -308,9 +363,28 @@ def _mixed(target: Target) -> torch.autocast:
     return torch.autocast(target.device.type, dtype=target.dtype, enabled=target.dtype != torch.float32)
 
 
-def _shares(names: Sequence[str], taught: Sequence[Taught], count: int) -> dict[str, float]:
+def chain_options(pupils: Pupils, options: TrainOptions, step: int) -> ChainOptions:
+    """Return the chains of a step, at other places than the last step's.
+
+    For a draft with features they begin with as many rows without one as a branch may have by then.
+    """
+    source = np.random.default_rng((options.seed, step))
+    streams = 0 if pupils.student is None else pupils.student.stream_count
+    copies = int(source.integers(1, _MOST_COPIES + 1)) if pupils.feature_layer is not None else 0
+    every = max(options.stream_every, copies + streams) if copies else options.stream_every
+    return ChainOptions(streams, copies, every, int(source.integers(0, every)))
+
+
+def _row_weights(layout: Layout, chosen: ChainOptions, options: TrainOptions, device: torch.device) -> Tensor:
+    """Return what each chain row's loss counts, float32 `[m]`."""
+    weights = np.where(layout.step < chosen.copies, 1.0, options.stream_weight).astype(np.float32)
+    return to_device(torch.from_numpy(weights), device)
+
+
+def _shares(taught: Mapping[str, Taught], states: Mapping[str, Tensor]) -> dict[str, float]:
     figures: dict[str, float] = {}
-    for name, part in zip(names, taught, strict=True):
+    for name, part in taught.items():
+        count = len(states[name])
         figures[f"{name}_loss"] = float(part.loss) / count
         figures[f"{name}_top1"] = float(part.agreed) / count
         figures[f"{name}_top8"] = float(part.covered) / count
