@@ -39,6 +39,7 @@ class AnswerOptions:
     repetition_penalty: float
     seed: int
     stop: tuple[str, ...]
+    num_assistant_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def answer(engine: Engine, prompt: str, options: AnswerOptions, output: OutputOp
             repetition_penalty=options.repetition_penalty,
             seed=options.seed,
             stop=options.stop,
+            num_assistant_tokens=options.num_assistant_tokens,
             streamer=interrupt.silent if output.as_json else interrupt.write,
             apply_chat_template=chat_template,
         )
@@ -94,6 +96,7 @@ def converse(engine: Engine, first: str | None, options: AnswerOptions, output: 
                 repetition_penalty=options.repetition_penalty,
                 seed=options.seed,
                 stop=options.stop,
+                num_assistant_tokens=options.num_assistant_tokens,
                 streamer=interrupt.write,
             )
             interrupt.write_rest(result.text or "")

@@ -21,12 +21,13 @@ from mirror.version import __version__
 
 if TYPE_CHECKING:
     from mirror.default_model import DefaultOptions
-    from mirror.summary import BundleSummary
+    from mirror.summary import BundleSummary, Memory
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
-MODES = ("plain", "serial", "mirror")
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int8-fp16", "int4-fp16")
+MODES = ("auto", "plain", "serial", "mirror")
 CANDIDATE_SOURCES = ("exit", "draft", "both")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 DEBUG = "mirror.debug"
@@ -83,6 +84,14 @@ def debug_option(command: Command) -> Command:
     )(command)
 
 
+def read_counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Return the numbers of a comma-separated list, such as `8,4,2`."""
+    try:
+        return None if value is None else tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of whole numbers; write 8,4,2", ctx, param) from None
+
+
 @click.group(cls=MirrorGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="mirror")
 @debug_option
@@ -93,15 +102,28 @@ def main() -> None:
 @main.command()
 @click.argument("model")
 @click.option("-o", "--output", type=FOLDER, required=True, metavar="BUNDLE", help="The bundle folder to make.")
-@click.option("--exit-layer", default="0.5", help="Where to cut the target: a layer number, or a fraction below 1.")
+@click.option(
+    "--exit-layer",
+    help="Where to cut the target: a layer number, or a fraction below 1.  [default: the trained draft's, else 0.5]",
+)
 @click.option("--gamma", default=7, type=click.IntRange(min=1), help="Draft tokens judged by one verification.")
-@click.option("--kappa", default=8, type=click.IntRange(min=1), help="Candidates offered at each window position.")
+@click.option(
+    "--kappa",
+    type=click.IntRange(min=1),
+    help="Candidates offered at each window position.  [default: what the trained draft's fan-out needs, else 8]",
+)
 @click.option("--max-length", default=2048, type=click.IntRange(min=2), help="Capacity of the KV cache, in tokens.")
 @click.option("--precision", default="fp32", type=click.Choice(PRECISIONS), help="int8 and int4 quantize weights only.")
 @click.option(
     "--draft",
     default="ngram",
     help="A folder or hub id with the target's tokenizer; layers:0,10,19,29 for some of the target's own; ngram; none.",
+)
+@click.option(
+    "--draft-vocabulary",
+    type=click.IntRange(min=0),
+    help="Tokens that the heads of a trained draft and exit know, the most frequent ones; 0 for all.  "
+    "[default: the trained draft's]",
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @click.option(
@@ -111,12 +133,13 @@ def main() -> None:
 def export(
     model: str,
     output: Path,
-    exit_layer: str,
+    exit_layer: str | None,
     gamma: int,
-    kappa: int,
+    kappa: int | None,
     max_length: int,
     precision: str,
     draft: str,
+    draft_vocabulary: int | None,
     force: bool,
     allow_failed_check: bool,
 ) -> None:
@@ -137,6 +160,7 @@ def export(
         max_length=max_length,
         precision=precision,
         draft=None if draft == "none" else draft,
+        draft_vocabulary=draft_vocabulary,
         force=force,
         allow_failed_check=allow_failed_check,
     )
@@ -189,6 +213,71 @@ def recut(bundle: Path, output: Path | None, exit_layer: str | None, gamma: int 
 
 
 @main.command()
+@click.argument("bundle", type=FOLDER)
+@click.option(
+    "--target-device", "target_devices", multiple=True, help="A device to try.  [default: `cuda:0`, else `cpu`]"
+)
+@click.option(
+    "--draft-device",
+    "draft_devices",
+    multiple=True,
+    help="A device to try.  [default: the CPU, NPUs, the target's GPU]",
+)
+@click.option("--suffix-device", help="Where the target's later layers run.  [default: with the others]")
+@click.option("--exit-layers", metavar="COUNTS", callback=read_counts, help="Where to cut.  [default: trained exits]")
+@click.option("--prompts", default=6, type=click.IntRange(min=1), help="How many prompts are answered.")
+@click.option("--tokens", default=64, type=click.IntRange(min=8), help="Longest answer, in tokens.")
+@click.option("--turns", default=3, type=click.IntRange(min=1), help="How often the best choices are run.")
+@click.option("--tries", default=3, type=click.IntRange(min=1), help="How many mirror choices are run.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads in all.  [default: the physical cores]")
+@click.option("--pinned", is_flag=True, help="Tune for `mirror run --pinned`: one width for every pass.")
+@click.option("--dry-run", is_flag=True, help="Show the table and leave the bundle as it is.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@debug_option
+def tune(
+    bundle: Path,
+    target_devices: tuple[str, ...],
+    draft_devices: tuple[str, ...],
+    suffix_device: str | None,
+    exit_layers: tuple[int, ...] | None,
+    prompts: int,
+    tokens: int,
+    turns: int,
+    tries: int,
+    threads: int | None,
+    pinned: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Measure this machine and write the fastest way to run a BUNDLE into its settings.
+
+    What passes cost and what the draft foretells is measured; from it the speed of every window, fan-out,
+    candidate source, exit layer and device is predicted, and the best few are run beside plain decoding.
+    Where nothing beats plain, plain is chosen.
+    """
+    from mirror.tune.tune import TuneOptions, tune_bundle
+
+    options = TuneOptions(
+        target_devices or None,
+        draft_devices or None,
+        suffix_device,
+        exit_layers,
+        prompts,
+        tokens,
+        turns,
+        tries,
+        threads,
+        pinned,
+    )
+    report = tune_bundle(bundle, options, print_notice, write=not dry_run)
+    if as_json:
+        print_json(report.to_json())
+        return
+    print_table(report.columns, report.cells())
+    print_notice(report.reason + (" (not written: --dry-run)" if dry_run else f"; written to {bundle}"))
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @debug_option
 def devices(as_json: bool) -> None:
@@ -217,14 +306,42 @@ def devices(as_json: bool) -> None:
 @click.option(
     "--mode",
     type=click.Choice(MODES),
-    help="How tokens are made.  [default: mirror; plain for a bundle without a draft]",
+    default="auto",
+    help="How tokens are made; auto takes what `mirror tune` found, else mirror, or plain without a draft.",
 )
-@click.option("--target-device", default="cpu", help="Where the target runs: cpu, cuda:0, openvino:CPU|GPU|NPU.")
-@click.option("--draft-device", default="cpu", help="Where the draft runs.")
+@click.option(
+    "--target-device",
+    help="Where the target runs: cpu, cuda:0, openvino:CPU|GPU|NPU.  [default: the bundle's setting, else `cpu`]",
+)
+@click.option(
+    "--suffix-device",
+    help="Where the target's later layers run, if elsewhere.  [default: the bundle's setting, else the target's]",
+)
+@click.option("--draft-device", help="Where the draft runs.  [default: the bundle's setting, else `cpu`]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads in all.  [default: the physical cores]")
-@click.option("--candidates", default="both", type=click.Choice(CANDIDATE_SOURCES), help="Who offers candidates.")
+@click.option(
+    "--candidates",
+    type=click.Choice(CANDIDATE_SOURCES),
+    help="Who offers candidates.  [default: the bundle's setting, else `both`]",
+)
 @click.option("--gamma", type=click.IntRange(min=1), help="Draft tokens of a window.  [default: the bundle's]")
 @click.option("--kappa", type=click.IntRange(min=1), help="Candidates of a position.  [default: the bundle's]")
+@click.option(
+    "--fanout",
+    metavar="COUNTS",
+    callback=read_counts,
+    help="Branches that leave after each window position, gamma + 1 counts; overrides kappa.  [default: the bundle's]",
+)
+@click.option(
+    "--tokens-per-pass",
+    metavar="COUNTS",
+    callback=read_counts,
+    help="Tokens that each rollout pass gives a branch; the last repeats.  [default: the bundle's setting, else 1]",
+)
+@click.option(
+    "--num-assistant-tokens", type=click.IntRange(min=1), help="The most draft tokens of a round.  [default: gamma]"
+)
+@click.option("--max-ngram-size", default=3, type=click.IntRange(min=1), help="Longest n-gram that is looked up.")
 @click.option("--max-length", type=click.IntRange(min=2), help="Capacity in tokens.  [default: the bundle's]")
 @click.option("--pinned", is_flag=True, help="One width for every pass: the same text in all modes at any precision.")
 @click.option("--max-new-tokens", default=256, type=click.IntRange(min=1), help="Longest answer, in tokens.")
@@ -244,13 +361,18 @@ def run(
     prompt_file: str | None,
     chat: bool,
     chat_template: bool,
-    mode: str | None,
-    target_device: str,
-    draft_device: str,
+    mode: str,
+    target_device: str | None,
+    suffix_device: str | None,
+    draft_device: str | None,
     threads: int | None,
-    candidates: str,
+    candidates: str | None,
     gamma: int | None,
     kappa: int | None,
+    fanout: tuple[int, ...] | None,
+    tokens_per_pass: tuple[int, ...] | None,
+    num_assistant_tokens: int | None,
+    max_ngram_size: int,
     max_length: int | None,
     pinned: bool,
     max_new_tokens: int,
@@ -276,22 +398,28 @@ def run(
         )
     named, words = split_arguments(arguments)
     prompt = find_prompt(words, prompt_file, chat=chat)
-    options = AnswerOptions(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    options = AnswerOptions(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, num_assistant_tokens
+    )
     output = OutputOptions(as_json, not as_json if stats is None else stats, trace)
     bundle = named or default_bundle()
     import mirror
 
     with mirror.load(
         bundle,
-        mode=mode or best_mode(bundle),
+        mode=best_mode(bundle) if mode == "auto" else mode,
         target_device=target_device,
+        suffix_device=suffix_device,
         draft_device=draft_device,
         threads=threads,
         max_length=max_length,
         gamma=gamma,
         kappa=kappa,
+        fanout=fanout,
+        tokens_per_pass=tokens_per_pass,
         candidates=candidates,
         pinned=pinned,
+        max_ngram_size=max_ngram_size,
     ) as engine:
         if prompt is None or chat:
             code = converse(engine, prompt, options, output)
@@ -346,11 +474,12 @@ def read_prompt(path: str) -> str:
 
 
 def best_mode(bundle: Path) -> str:
-    """Return `mirror`, or `plain` for a bundle that has no draft, and say so."""
+    """Return the mode that the bundle's settings name, else `mirror`; `plain` without a draft, and say so."""
     from mirror.bundle import read_manifest
 
-    if read_manifest(bundle).draft is not None:
-        return "mirror"
+    manifest = read_manifest(bundle)
+    if manifest.draft is not None:
+        return manifest.settings.mode or "mirror"
     print_notice("the bundle has no draft: decoding in plain mode")
     return "plain"
 
@@ -394,13 +523,13 @@ def _print_summary(bundle: Path) -> None:
         (
             segment.name,
             str(segment.layers),
-            size(segment.graph_bytes),
+            size(segment.weight_bytes),
             size(segment.kv_bytes),
             " ".join(segment.devices),
         )
         for segment in summary.segments
     ]
-    print_table(("segment", "layers", "graphs", "KV cache", "devices"), rows)
+    print_table(("segment", "layers", "weights", "KV cache", "devices"), rows)
 
 
 def _summary_lines(summary: BundleSummary) -> list[tuple[str, str]]:
@@ -410,7 +539,18 @@ def _summary_lines(summary: BundleSummary) -> list[tuple[str, str]]:
         ("size", f"{size(summary.total_bytes)}, {summary.precision}"),
         ("layers", f"{summary.layers}, exit after {summary.exit_layer}"),
         ("window", f"gamma {summary.gamma}, kappa {summary.kappa}"),
-        ("capacity", f"{summary.max_length} tokens"),
         ("draft", summary.draft or "none"),
+        ("settings", summary.settings or "none; `mirror tune` finds some"),
+        ("capacity", f"{summary.max_length} tokens"),
+        ("target takes", _memory(summary.target_memory)),
+        *([("draft takes", _memory(summary.draft_memory))] if summary.draft_memory is not None else []),
         ("made by", f"{summary.made_by}, schema {summary.schema_version}"),
     ]
+
+
+def _memory(memory: Memory) -> str:
+    """Return what loading takes, at any capacity and at the bundle's own."""
+    return (
+        f"{size(memory.weight_bytes)} of weights + {size(memory.slot_bytes)} a token of capacity "
+        f"= {size(memory.bytes)} at {memory.max_length} tokens"
+    )

@@ -1,31 +1,56 @@
-"""What a bundle is, in the words of its manifest: segments, sizes, the cut, the devices they suit.
+"""What a bundle is: segments, sizes, the cut, the devices they suit, the memory they take.
 
-Reads `mirror.json` alone, so it needs neither a runtime nor the weights.
+Reads `mirror.json` and the graphs' own files, so it needs neither a runtime library nor the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mirror.bundle import Form, LayerKV, Manifest, Segment, read_manifest
+from mirror.bundle import Form, Manifest, Segment, read_manifest
 
 # A graph keeps its cache in place, which ONNX Runtime's own devices do, or hands its rows to the host.
 DEVICES_OF_FORM = {Form.INPLACE: ("cpu", "cuda"), Form.ROWS: ("openvino:CPU", "openvino:GPU", "openvino:NPU")}
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)
 class SegmentSummary:
-    """One segment: its graphs' own size, without the weights that segments share."""
+    """One segment.
+
+    Attributes:
+        weight_bytes: what its weights take where it is loaded; on disk segments share some.
+        kv_bytes: its cache of `max_length` slots; `slot_bytes` is one slot.
+    """
 
     name: str
     layers: int
     forms: tuple[str, ...]
-    graph_bytes: int
+    weight_bytes: int
+    slot_bytes: int
     kv_bytes: int
     devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What loading takes, in bytes: weights, and a cache that grows with the capacity. Activations come on top."""
+
+    weight_bytes: int
+    slot_bytes: int
+    max_length: int
+
+    @property
+    def bytes(self) -> int:
+        """At the bundle's full capacity."""
+        return self.weight_bytes + self.slot_bytes * self.max_length
+
+
+def memory_of(segments: Sequence[SegmentSummary], max_length: int) -> Memory:
+    """Return what some segments take together; the draft's two graphs share one cache."""
+    slots = sum(segment.slot_bytes for segment in segments if segment.name != "draft_trunk")
+    return Memory(sum(segment.weight_bytes for segment in segments), slots, max_length)
 
 
 @dataclass(frozen=True)
@@ -45,10 +70,13 @@ class BundleSummary:
     kappa: int
     max_length: int
     draft: str | None
+    settings: str | None
     total_bytes: int
     schema_version: int
     made_by: str
     segments: tuple[SegmentSummary, ...]
+    target_memory: Memory
+    draft_memory: Memory | None
 
 
 def summarize(folder: Path) -> BundleSummary:
@@ -59,6 +87,9 @@ def summarize(folder: Path) -> BundleSummary:
     """
     manifest = read_manifest(folder)
     model, decoding = manifest.model, manifest.decoding
+    segments = tuple(_segment(folder, manifest, segment) for segment in manifest.segments.values())
+    drafts = [segment for segment in segments if segment.name.startswith("draft")]
+    targets = [segment for segment in segments if segment not in drafts]
     return BundleSummary(
         path=str(folder),
         architecture=model.architecture,
@@ -73,10 +104,13 @@ def summarize(folder: Path) -> BundleSummary:
         kappa=decoding.kappa,
         max_length=decoding.max_length,
         draft=_draft(manifest),
+        settings=_settings(manifest),
         total_bytes=sum(facts.bytes for facts in manifest.files.values()),
         schema_version=manifest.schema_version,
         made_by=f"mirror {manifest.producer.version}",
-        segments=tuple(_segment(manifest, segment) for segment in manifest.segments.values()),
+        segments=segments,
+        target_memory=memory_of(targets, decoding.max_length),
+        draft_memory=memory_of(drafts, decoding.max_length) if drafts else None,
     )
 
 
@@ -89,21 +123,28 @@ def _draft(manifest: Manifest) -> str | None:
     return f"{draft.source} ({draft.layers} layers)"
 
 
-def _segment(manifest: Manifest, segment: Segment) -> SegmentSummary:
+def _settings(manifest: Manifest) -> str | None:
+    """Return what a host does where the user says nothing, in words; None where the bundle leaves all to it."""
+    told = {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for name, value in vars(manifest.settings).items()
+        if value is not None
+    }
+    return ", ".join(f"{name} {value}" for name, value in told.items()) or None
+
+
+def _segment(folder: Path, manifest: Manifest, segment: Segment) -> SegmentSummary:
+    from mirror.runtime.memory import segment_memory, slot_bytes
+
+    slots = manifest.decoding.max_length
+    form = Form.INPLACE if Form.INPLACE in segment.graphs else Form.ROWS
+    memory = segment_memory(folder, segment, form, slots)
     return SegmentSummary(
         name=segment.name,
         layers=len(segment.kv),
         forms=tuple(form.value for form in segment.graphs),
-        graph_bytes=sum(_file_bytes(manifest, graph.file) for graph in segment.graphs.values()),
-        kv_bytes=_kv_bytes(segment.kv, manifest.decoding.max_length),
+        weight_bytes=memory.weight_bytes,
+        slot_bytes=slot_bytes(segment.kv),
+        kv_bytes=memory.cache_bytes,
         devices=tuple(device for form in segment.graphs for device in DEVICES_OF_FORM[form]),
     )
-
-
-def _file_bytes(manifest: Manifest, name: str) -> int:
-    facts = manifest.files.get(name)
-    return 0 if facts is None else facts.bytes
-
-
-def _kv_bytes(layers: Iterable[LayerKV], slots: int) -> int:
-    return sum(2 * layer.heads * layer.head_dim * slots * ITEM_BYTES.get(layer.dtype, 4) for layer in layers)

@@ -1,0 +1,131 @@
+"""How much memory a bundle's segments take, and whether a device has it. Reads graph files, no weights.
+
+A graph names its weights as byte ranges of other files, so their sizes are in the graph's own file. The
+few fields of the ONNX format that say so are read here: no runtime library is needed to know what fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mirror.bundle import Form, LayerKV, Segment
+from mirror.errors import DeviceError
+from mirror.targets.base import FreeMemory
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
+# Field numbers of ONNX's protocol buffers.
+_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW, _TENSOR_EXTERNAL, _KEY, _VALUE = 7, 5, 9, 13, 1, 2
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+@dataclass(frozen=True)
+class SegmentMemory:
+    """What one segment takes on its device, in bytes; activations come on top."""
+
+    name: str
+    weight_bytes: int
+    cache_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Weights and cache."""
+        return self.weight_bytes + self.cache_bytes
+
+
+def segment_memory(folder: Path, segment: Segment, form: Form, capacity: int) -> SegmentMemory:
+    """Return what a segment takes in one cache form, its cache having `capacity` slots; 0 for a missing graph."""
+    graph = segment.graphs.get(form)
+    weights = 0 if graph is None else weight_bytes(folder / graph.file)
+    return SegmentMemory(segment.name, weights, capacity * slot_bytes(segment.kv))
+
+
+def slot_bytes(layers: Sequence[LayerKV]) -> int:
+    """Return the bytes of one slot of a cache: a key and a value in each of its layers."""
+    return sum(2 * layer.heads * layer.head_dim * _ITEM_BYTES.get(layer.dtype, 4) for layer in layers)
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the bytes of all weights that an ONNX file holds or refers to."""
+    data = memoryview(path.read_bytes())
+    return sum(
+        _tensor_bytes(tensor)
+        for graph in _messages(data, _MODEL_GRAPH)
+        for tensor in _messages(graph, _GRAPH_INITIALIZER)
+    )
+
+
+def check_room(needs: Mapping[str, Sequence[SegmentMemory]], free: Callable[[str], FreeMemory]) -> None:
+    """Refuse segments that can't fit where they are to run.
+
+    Args:
+        needs: the segments of each device, by its name.
+        free: tells what a device has left; devices may share one memory.
+
+    Raises:
+        DeviceError: a memory is smaller than the weights and caches meant for it.
+    """
+    pools: dict[str, list[SegmentMemory]] = {}
+    found = {device: free(device) for device in needs}
+    for device, segments in needs.items():
+        pools.setdefault(found[device].pool, []).extend(segments)
+    for memory in found.values():
+        segments = pools[memory.pool]
+        total = sum(segment.bytes for segment in segments)
+        if memory.bytes is not None and total > memory.bytes:
+            raise DeviceError(
+                f"{memory.pool} has {_gib(memory.bytes)} free, these segments need at least {_gib(total)}: "
+                f"{', '.join(_sentence(segment) for segment in segments)}; ask for a smaller max_length, place "
+                "segments on other devices, or export with a smaller --precision"
+            )
+
+
+def _sentence(segment: SegmentMemory) -> str:
+    cache = f" + {_gib(segment.cache_bytes)} of cache" if segment.cache_bytes else ""
+    return f"{segment.name} {_gib(segment.weight_bytes)}{cache}"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+# --- the ONNX file --------------------------------------------------------------------------------
+
+
+def _tensor_bytes(tensor: memoryview) -> int:
+    """Return the bytes of one initializer: inside the file, or where its `length` entry says how many."""
+    inside = sum(len(raw) for raw in _messages(tensor, _TENSOR_RAW))
+    for entry in _messages(tensor, _TENSOR_EXTERNAL):
+        if bytes(next(_messages(entry, _KEY), b"")) == b"length":
+            return inside + int(bytes(next(_messages(entry, _VALUE))))
+    return inside
+
+
+def _messages(data: memoryview, wanted: int) -> Iterator[memoryview]:
+    """Yield the contents of every length-delimited field with this number."""
+    place = 0
+    while place < len(data):
+        tag, place = _varint(data, place)
+        number, kind = tag >> 3, tag & 7
+        if kind == _BYTES:
+            length, place = _varint(data, place)
+            if number == wanted:
+                yield data[place : place + length]
+            place += length
+        elif kind == _VARINT:
+            _, place = _varint(data, place)
+        else:
+            place += {_FIXED64: 8, _FIXED32: 4}[kind]
+
+
+def _varint(data: memoryview, place: int) -> tuple[int, int]:
+    """Return the number that begins at a place, seven bits to a byte, and the place after it."""
+    number = shift = 0
+    while True:
+        byte = data[place]
+        place += 1
+        number |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return number, place

@@ -1,0 +1,1 @@
+"""`mirror tune`: measures a box, and writes into a bundle what suits it best."""
