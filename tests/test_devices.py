@@ -27,6 +27,7 @@ from mirror.targets import (
     parse_device_name,
     survey,
 )
+from mirror.targets.base import PassShape
 from mirror.targets.names import Precision
 from mirror.targets.onnxruntime_session import Buffer, Memory
 from tests.lookup import Lookup, LookupBundle, agreeing_table, open_engine, oracle_greedy, random_table, write_bundle
@@ -161,9 +162,17 @@ def _run(code: str, environment: dict[str, str] | None = None) -> str:
 # NVIDIA GPUs: everything but a session that runs.
 
 
+class _NoStream:
+    """A stream of a GPU that isn't there; nothing is ever copied on it."""
+
+    def __init__(self, index: int, *, urgent: bool) -> None:
+        self.handle = 1000 * index + urgent
+
+
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the driver list two GPUs, and onnxruntime claim its CUDA provider."""
+    monkeypatch.setattr(cuda, "CudaStream", _NoStream)
     monkeypatch.setattr(cuda, "driver_gpus", lambda: ("NVIDIA A", "NVIDIA B"))
     monkeypatch.setattr(ort, "get_available_providers", lambda: [cuda.PROVIDER, "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "preload_dlls", lambda: None)
@@ -197,11 +206,12 @@ def test_gpus_are_listed_and_opened_by_index() -> None:
 
 
 def test_a_gpu_keeps_its_tensors_and_float32() -> None:
-    provider = cuda.cuda_provider(1)
+    provider = cuda.cuda_provider(1, _NoStream(1, urgent=False))  # type: ignore[arg-type]
     assert provider.memory == Memory("cuda", 1)
     assert provider.options["device_id"] == "1"
     assert provider.options["use_tf32"] == "0"
-    assert provider.host_inputs == {"total_sequence_length"}
+    assert provider.sized_inputs == {"total_sequence_length"}
+    assert provider.options["user_compute_stream"] == "1000"
 
 
 @pytest.mark.skipif(cuda.cuda_missing() is None, reason="this machine has a GPU")
@@ -212,7 +222,7 @@ def test_a_session_that_falls_back_to_the_cpu_is_refused(tmp_path: Path) -> None
     rows = write_segment(tmp_path)
     segment = Segment(rows.name, rows.kv, {Form.INPLACE: rows.graphs[Form.ROWS]})
     with pytest.raises(DeviceError, match=r"CUDAExecutionProvider but got CPUExecutionProvider"):
-        open_device("cuda:0").load_segment(tmp_path, segment, capacity=8, widths=[1], threads=1)
+        open_device("cuda:0").load_segment(tmp_path, segment, capacity=8, shapes=[PassShape(1)], threads=1)
 
 
 def test_a_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +279,7 @@ def test_a_gpu_keeps_what_it_computes(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", LookupBundle(Lookup(random_table(1, 97, 23))))
     device = open_device("cuda:0")
     prefix = read_manifest(bundle).segments["target_prefix"]
-    loaded = device.load_segment(bundle, prefix, capacity=8, widths=[3], threads=1)
+    loaded = device.load_segment(bundle, prefix, capacity=8, shapes=[PassShape(3)], threads=1)
     feeds = FeedPool(8, 100).at(3)
     feeds.fill_causal(np.array([4, 5, 6]), 0)
     outputs = loaded.run(feeds.tensors, device.make_cache(prefix.kv, 8), 0)

@@ -1,24 +1,32 @@
 """Segments and caches on ONNX Runtime: slots, bindings, and what a refused pass says."""
 
+import ctypes
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
 from mirror.bundle import Form, Graph, LayerKV, Segment, TensorSpec, read_manifest
 from mirror.errors import DeviceError
 from mirror.runtime.feeds import FeedPool
+from mirror.targets.base import PassShape, to_host
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.onnxruntime_session import (
     Buffer,
     Memory,
     OnnxRuntimeCache,
     OnnxRuntimeDevice,
+    OnnxRuntimeSegment,
     Provider,
     make_buffer,
 )
+from mirror.targets.openvino_plugin import FedSegment
 from tests.lookup import Lookup, LookupBundle, random_table, write_bundle
 
 CAPACITY = 12
@@ -34,7 +42,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_land_in_their_slots_and_nowhere_else(bundle: Path, form: Form) -> None:
     device = CpuDevice(form)
     segment = read_manifest(bundle).segments["target_prefix"]
-    loaded = device.load_segment(bundle, segment, capacity=CAPACITY, widths=[3], threads=1)
+    loaded = device.load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(3)], threads=1)
     cache = device.make_cache(segment.kv, CAPACITY)
     buffer = cache.buffers["past_key_values.0.key"].array
     assert buffer is not None
@@ -53,13 +61,17 @@ def test_both_forms_compute_the_same(bundle: Path) -> None:
     for form in Form:
         device = CpuDevice(form)
         segment = read_manifest(bundle).segments["draft"]
-        loaded = device.load_segment(bundle, segment, capacity=CAPACITY, widths=[1, 3], threads=1)
+        loaded = device.load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(1), PassShape(3)], threads=1)
         cache = device.make_cache(segment.kv, CAPACITY)
         pool, tokens = FeedPool(CAPACITY, 100), []
         for past, ids in ((0, [1, 2, 3]), (3, [4]), (2, [9, 9, 9])):
             feeds = pool.at(len(ids))
             feeds.fill_causal(np.array(ids), past)
-            tokens.append(np.array(loaded.run(feeds.tensors, cache, past)["token_ids"]).tolist())
+            tokens.append(
+                np.array(
+                    loaded.run({**feeds.tensors, "logit_rows": np.arange(len(ids))}, cache, past)["token_ids"]
+                ).tolist()
+            )
         outputs.append(tokens)
     assert outputs[0] == outputs[1]
 
@@ -100,12 +112,12 @@ def _load(folder: Path, graph: Graph) -> "object":
     if graph.outputs[0].name == "hidden_states":
         graph = Graph(graph.file, graph.inputs, (TensorSpec("hidden_states", "bfloat16", (1, "width")),))
     segment = Segment("target_prefix", (), {Form.INPLACE: graph})
-    return CpuDevice().load_segment(folder, segment, capacity=1, widths=[2], threads=1)
+    return CpuDevice().load_segment(folder, segment, capacity=1, shapes=[PassShape(2)], threads=1)
 
 
 def test_bindings_of_many_widths_do_not_pile_up(bundle: Path) -> None:
     segment = read_manifest(bundle).segments["target_prefix"]
-    loaded = CpuDevice().load_segment(bundle, segment, capacity=200, widths=[1], threads=1)
+    loaded = CpuDevice().load_segment(bundle, segment, capacity=200, shapes=[PassShape(1)], threads=1)
     cache = CpuDevice().make_cache(segment.kv, 200)
     pool = FeedPool(200, 300)
     for width in range(1, 60):
@@ -117,7 +129,7 @@ def test_bindings_of_many_widths_do_not_pile_up(bundle: Path) -> None:
 
 def test_a_cache_of_another_device_is_refused(bundle: Path) -> None:
     segment = read_manifest(bundle).segments["target_prefix"]
-    loaded = CpuDevice().load_segment(bundle, segment, capacity=CAPACITY, widths=[1], threads=1)
+    loaded = CpuDevice().load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(1)], threads=1)
     feeds = FeedPool(CAPACITY, 100).at(1)
     feeds.fill_causal(np.array([1]), 0)
     with pytest.raises(DeviceError, match="target_prefix keeps a KV cache"):
@@ -128,7 +140,7 @@ def test_a_provider_that_is_not_there_is_an_error_and_no_cpu_in_its_place(bundle
     device = OnnxRuntimeDevice("nowhere:0", Provider("NowhereExecutionProvider"))
     segment = read_manifest(bundle).segments["exit_head"]
     with pytest.raises(DeviceError, match=r"nowhere:0 needs NowhereExecutionProvider, this onnxruntime offers .*CPU"):
-        device.load_segment(bundle, segment, capacity=1, widths=[1], threads=1)
+        device.load_segment(bundle, segment, capacity=1, shapes=[PassShape(1)], threads=1)
 
 
 def test_caches_start_zeroed_in_every_dtype() -> None:
@@ -141,3 +153,132 @@ def test_caches_start_zeroed_in_every_dtype() -> None:
         assert (buffer.array is None) == (".2." in name)
         if buffer.array is not None:
             assert not buffer.array.any()
+
+
+class _FakeMark:
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def renew(self) -> None:
+        self._log.append("renew")
+
+    def wait(self) -> None:
+        self._log.append("wait")
+
+
+class _FakeStream:
+    """A GPU's stream over host memory: device addresses are this process's own."""
+
+    handle = 1
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.kept: list[np.ndarray[Any, Any]] = []
+
+    def pinned(self, dtype: str, shape: Sequence[int]) -> np.ndarray[Any, Any]:
+        self.kept.append(np.zeros(shape, dtype))
+        return self.kept[-1]
+
+    def clear(self, address: int, size: int) -> None:
+        ctypes.memset(address, 0, size)
+
+    def upload(self, address: int, source: np.ndarray[Any, Any]) -> None:
+        self.log.append("upload")
+        ctypes.memmove(address, source.ctypes.data, source.nbytes)
+
+    def download(self, target: np.ndarray[Any, Any], address: int) -> None:
+        ctypes.memmove(target.ctypes.data, address, target.nbytes)
+
+    def guard(self, *, recording: bool) -> AbstractContextManager[None]:
+        self.log.append(f"guard {recording}")
+        return nullcontext()
+
+    def mark(self) -> _FakeMark:
+        return _FakeMark(self.log)
+
+
+def _streamed(stream: _FakeStream, *, replays: bool = False) -> OnnxRuntimeDevice:
+    provider = Provider(
+        "CPUExecutionProvider",
+        sized_inputs=frozenset({"total_sequence_length"}),
+        stream=stream,
+        replays=replays,
+        fixed_widths=True,
+    )
+    return OnnxRuntimeDevice("fake:0", provider)
+
+
+@pytest.mark.parametrize("name", ["target_prefix", "target_suffix", "draft"])
+def test_a_stream_brings_all_inputs_in_one_copy_and_the_pass_computes_the_same(bundle: Path, name: str) -> None:
+    stream, found = _FakeStream(), []
+    for device in (_streamed(stream), CpuDevice()):
+        segment = read_manifest(bundle).segments[name]
+        loaded = device.load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(3)], threads=1)
+        cache, feeds, results = device.make_cache(segment.kv, CAPACITY), FeedPool(CAPACITY, 100).at(3), []
+        for past, ids in ((0, [1, 2, 3]), (3, [4, 5, 6]), (2, [9, 9, 9])):
+            feeds.fill_causal(np.array(ids), past)
+            state = np.arange(12, dtype=np.float32).reshape(1, 3, 4) % 7
+            given = {**feeds.tensors, "logit_rows": np.arange(3), "hidden_states": state}
+            outputs = loaded.run(given, cache, past)
+            results.append({key: np.array(to_host(value)) for key, value in outputs.items()})
+        found.append(results)
+    for streamed, plain in zip(*found, strict=True):
+        assert all(np.array_equal(streamed[key], plain[key]) for key in plain)
+    assert [entry for entry in stream.log if entry in ("upload", "wait")] == ["wait", "upload"] * 3
+
+
+def test_the_total_that_chooses_a_kernel_is_the_capacity_at_every_pass(bundle: Path) -> None:
+    """A cursor there would make a GPU choose, and plan, another kernel for every token."""
+    device, segment = _streamed(_FakeStream()), read_manifest(bundle).segments["target_suffix"]
+    loaded = device.load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(3)], threads=1)
+    cache, feeds = device.make_cache(segment.kv, CAPACITY), FeedPool(CAPACITY, 100).at(3)
+    feeds.fill_causal(np.array([1, 2, 3]), 0)
+    loaded.run(
+        {**feeds.tensors, "logit_rows": np.arange(3), "hidden_states": np.zeros((1, 3, 4), np.float32)}, cache, 0
+    )
+    (bound,) = loaded._bound.values()
+    assert "total_sequence_length" not in bound.staging
+    totals = [value for value in bound.held if isinstance(value, ort.OrtValue) and list(value.shape()) == []]
+    assert [int(value.numpy()) for value in totals] == [CAPACITY]
+
+
+def test_only_passes_that_may_be_recorded_are_guarded(bundle: Path) -> None:
+    stream = _FakeStream()
+    device, segment = _streamed(stream, replays=True), read_manifest(bundle).segments["target_prefix"]
+    loaded = device.load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(3)], threads=1)
+    assert loaded.widths == (3,)
+    cache, feeds = device.make_cache(segment.kv, CAPACITY), FeedPool(CAPACITY, 100).at(3)
+    feeds.fill_causal(np.array([1, 2, 3]), 0)
+    for _ in range(6):
+        loaded.run(feeds.tensors, cache, 0)
+    launches = [entry for entry in stream.log if entry.startswith("guard")][1::2]
+    assert launches == ["guard True"] * 4 + ["guard False"] * 2
+
+
+def test_a_tensor_of_the_same_stream_is_bound_and_another_is_copied(bundle: Path) -> None:
+    streams = _FakeStream(), _FakeStream()
+    segment = read_manifest(bundle).segments["exit_head"]
+    loaded = _streamed(streams[0]).load_segment(bundle, segment, capacity=1, shapes=[PassShape(3)], threads=1)
+    positions = np.zeros((1, 3), np.int64)
+    for stream in streams:
+        state = make_buffer(Memory(), "float32", (1, 3, 4))
+        state.stream = stream
+        loaded.run({"position_ids": positions, "hidden_states": state}, None, 0)
+    own, other = loaded._bound.values()
+    assert "hidden_states" not in own.staging
+    assert "hidden_states" in other.staging
+
+
+def test_a_segment_that_is_fed_anew_computes_the_same(bundle: Path) -> None:
+    segment = read_manifest(bundle).segments["draft"]
+    graph, results = segment.graphs[Form.ROWS], []
+    for kind in (FedSegment, OnnxRuntimeSegment):
+        session = ort.InferenceSession(bundle / graph.file, providers=["CPUExecutionProvider"])
+        loaded = kind("draft", session, graph, Form.ROWS, Provider("CPUExecutionProvider"))
+        cache, feeds, tokens = CpuDevice(Form.ROWS).make_cache(segment.kv, CAPACITY), FeedPool(CAPACITY, 100).at(3), []
+        for past, ids in ((0, [1, 2, 3]), (3, [4, 5, 6]), (2, [9, 9, 9])):
+            feeds.fill_causal(np.array(ids), past)
+            outputs = loaded.run({**feeds.tensors, "logit_rows": np.arange(3)}, cache, past)
+            tokens.append(np.array(outputs["token_ids"]).tolist())
+        results.append((tokens, {name: buffer.array.tolist() for name, buffer in cache.buffers.items()}))
+    assert results[0] == results[1]

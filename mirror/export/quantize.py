@@ -33,7 +33,7 @@ def is_quantisable(name: str) -> bool:
 class Quantised:
     """The two tensors of a quantised weight, in the bundle's file.
 
-    `blocks` is uint8 `[out, in / 32, 32 * bits / 8]`, `scales` float32 `[out, in / 32]`.
+    `blocks` is uint8 `[out, in / 32, 32 * bits / 8]`, `scales` `[out, in / 32]` in the bundle's float type.
     """
 
     blocks: ir.ExternalTensor
@@ -49,6 +49,7 @@ class Quantiser:
 
     bits: int
     file: WeightFile
+    dtype: ir.DataType = ir.DataType.FLOAT
 
     def quantise(self, key: str, shape: tuple[int, int], make: Callable[[], NDArray[np.float32]]) -> Quantised:
         """Return a weight's quantised tensors.
@@ -70,7 +71,9 @@ class Quantiser:
         blocks = self.file.store(
             f"{key}.blocks", ir.DataType.UINT8, [rows, block_count, BLOCK * self.bits // 8], lambda: result()[0]
         )
-        scales = self.file.store(f"{key}.scales", ir.DataType.FLOAT, [rows, block_count], lambda: result()[1])
+        scales = self.file.store(
+            f"{key}.scales", self.dtype, [rows, block_count], lambda: result()[1].astype(self.dtype.numpy())
+        )
         return Quantised(blocks, scales, self.bits, rows, columns)
 
 

@@ -36,9 +36,16 @@ _TEXTS = (
 _CHUNKS = (5, 1, 2)  # the prompt's chunks; what is left makes the last one
 _GREEDY_TOKENS = 8
 # Of the largest logit. A cut at the same operators is equal but for the order of a few roundings.
-_SPLIT_TOLERANCE: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1e-3, "int4": 1e-3}
+_SPLIT_TOLERANCE: Mapping[str, float] = {
+    "fp32": 1e-4,
+    "fp16": 2e-2,
+    "int8": 1e-3,
+    "int4": 1e-3,
+    "int8-fp16": 2e-2,
+    "int4-fp16": 2e-2,
+}
 _TORCH_TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "fp16": 5e-2}
-_BYTES_PER_STORED = {"fp32": 3.0, "fp16": 6.0, "int8": 9.0, "int4": 14.0}
+_BYTES_PER_STORED = {"fp32": 3.0, "fp16": 6.0, "int8": 9.0, "int4": 14.0, "int8-fp16": 9.0, "int4-fp16": 14.0}
 
 Logits = NDArray[np.float32]
 

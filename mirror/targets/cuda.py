@@ -7,44 +7,108 @@ a session really runs on the GPU is checked when it is made: ONNX Runtime would 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 import onnxruntime as ort
 
 from mirror.bundle import Form
 from mirror.errors import DeviceError
-from mirror.targets.onnxruntime_session import Memory, OnnxRuntimeDevice, Provider
+from mirror.targets.cuda_runtime import CudaStream
+from mirror.targets.onnxruntime_session import DeviceStream, Memory, OnnxRuntimeDevice, Provider
 
 PROVIDER = "CUDAExecutionProvider"
 # The plain wheel comes with mirror and shares its folder with the GPU one: the one installed last wins.
 INSTALL_CUDA = 'pip install "mirror-sd[cuda]" && pip install --force-reinstall --no-deps "onnxruntime-gpu>=1.31,<1.33"'
 
 _NAME_BYTES = 256
+# In the message by which ONNX Runtime refuses to record a graph some of whose nodes run on the CPU.
+_NOT_RECORDABLE = "graph capture"
+# What a GPU must compute itself: on the CPU it would copy the whole cache there and back in every layer.
+_ATTENTION = "GroupQueryAttention"
 
 
 class CudaDevice(OnnxRuntimeDevice):
-    """One NVIDIA GPU, by its index in the driver's list."""
+    """One NVIDIA GPU, by its index in the driver's list.
 
-    def __init__(self, index: int) -> None:
-        super().__init__(f"cuda:{index}", cuda_provider(index), Form.INPLACE)
+    What runs in the foreground (a target) is recorded as CUDA graphs, one per width. What runs in the
+    background (a draft) computes on an urgent stream, so that its small kernels find their way between
+    those of a target that fills the GPU; recorded ones would lose that.
+    """
+
+    def __init__(self, index: int, stream: DeviceStream, *, background: bool = False) -> None:
+        super().__init__(f"cuda:{index}", cuda_provider(index, stream), Form.INPLACE)
+        self._records = not background
+
+    def session_options(self, segment_name: str, threads: int) -> ort.SessionOptions:
+        """Return the options of one segment's session, which tell afterwards what runs where."""
+        options = super().session_options(segment_name, threads)
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        return options
+
+    def _open_session(self, path: Path, segment_name: str, threads: int) -> tuple[ort.InferenceSession, Provider]:
+        session, provider = self._recorded_session(path, segment_name, threads)
+        if _ATTENTION in _operators_elsewhere(session):
+            raise DeviceError(
+                f"{self.name} computes attention in fp16 and bf16, and {path.name} needs it in float32; export the "
+                "bundle with --precision fp16, bf16, int8-fp16 or int4-fp16"
+            )
+        return session, provider
+
+    def _recorded_session(self, path: Path, segment_name: str, threads: int) -> tuple[ort.InferenceSession, Provider]:
+        """Return a session whose passes are recorded, where that is wanted and its graph allows it."""
+        if self._records:
+            recording = _recording(self._provider)
+            try:
+                return self._session_on(recording, path, segment_name, threads), recording
+            except DeviceError as error:
+                if _NOT_RECORDABLE not in str(error):
+                    raise
+        return self._session_on(self._provider, path, segment_name, threads), self._provider
 
 
-def cuda_provider(index: int) -> Provider:
-    """Return the execution provider of one GPU, with options that keep float32 exact and memory tight."""
+def _operators_elsewhere(session: ort.InferenceSession) -> set[str]:
+    """Return the operators of a session that don't run on the GPU."""
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != PROVIDER]
+    return {node.op_type for part in parts for node in part.get_nodes()}
+
+
+def cuda_provider(index: int, stream: DeviceStream) -> Provider:
+    """Return the provider of one GPU, computing on a stream, with options that keep float32 exact and memory tight."""
     options = {
         "device_id": str(index),
         # TF32 keeps 10 bits of a float32's mantissa: greedy tokens would differ from the checkpoint's.
         "use_tf32": "0",
         # The default doubles its arena at each growth; a large model would ask for twice its weights.
         "arena_extend_strategy": "kSameAsRequested",
+        "has_user_compute_stream": "1",
+        "user_compute_stream": str(stream.handle),
     }
-    # GroupQueryAttention reads this one on the host, to choose its kernel.
-    return Provider(PROVIDER, Memory("cuda", index), options, frozenset({"total_sequence_length"}))
+    return Provider(
+        PROVIDER,
+        Memory("cuda", index),
+        options,
+        # GroupQueryAttention chooses its kernel by it, and builds a new plan for every new number.
+        sized_inputs=frozenset({"total_sequence_length"}),
+        stream=stream,
+        # A width met for the first time costs plans and a recording: prompts take the widest, padded.
+        fixed_widths=True,
+    )
 
 
-def open_cuda(index: int) -> CudaDevice:
+def _recording(provider: Provider) -> Provider:
+    options: Mapping[str, str] = {**provider.options, "enable_cuda_graph": "1"}
+    return dataclasses.replace(provider, options=options, replays=True)
+
+
+def open_cuda(index: int, *, background: bool = False) -> CudaDevice:
     """Return a GPU by its index.
+
+    Args:
+        background: whether it is for a draft, which shares the GPU with a target.
 
     Raises:
         DeviceError: the runtime has no CUDA provider, or there is no such GPU.
@@ -58,7 +122,7 @@ def open_cuda(index: int) -> CudaDevice:
         raise DeviceError(f"cuda:{index} isn't there: the driver lists {listed}; use one of these")
     # Finds the CUDA and cuDNN libraries that come as Python packages.
     ort.preload_dlls()
-    return CudaDevice(index)
+    return CudaDevice(index, CudaStream(index, urgent=background), background=background)
 
 
 def cuda_missing() -> str | None:

@@ -2,26 +2,37 @@
 
 A segment binds everything once per width: inputs that a host computes are staged in buffers whose
 address stays put, outputs land in buffers that stay put, and the KV cache is bound as it is. A pass
-then copies a few small integers and runs. This module knows memory and bindings; what differs
+then copies a few small integers and runs. On a device with a stream of its own a pass is only
+launched, and who reads an output waits for it. This module knows memory and bindings; what differs
 between devices is a `Provider` and, where need be, a subclass of `OnnxRuntimeDevice`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
 
 from mirror.bundle import Form, Graph, LayerKV, Segment, TensorSpec, kv_names
 from mirror.errors import DeviceError
-from mirror.targets.base import Array, KVCache, Tensor
+from mirror.targets.base import Array, KVCache, PassShape, Tensor, to_host
+from mirror.targets.static_shapes import widths_of
 
 # ONNX's element type numbers; numpy has no bfloat16, so those tensors never become arrays.
-_ELEMENT_TYPES = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
+_ELEMENT_TYPES = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
+_ITEM_BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
+
+# Passes of a binding until its recording is surely made: ONNX Runtime runs two as they are, then records one.
+_UNTIL_RECORDED = 4
+
+_ALIGNMENT_BYTES = 256  # of each input in a device's staging block, as its own allocator would do
 
 # Bindings kept per segment. Decoding needs one per width of a round; prefill remainders come and go.
 _KEPT_BINDINGS = 32
@@ -40,6 +51,51 @@ class Memory:
         return self.kind == "cpu"
 
 
+class Mark(Protocol):
+    """A place in a stream."""
+
+    def renew(self) -> None:
+        """Move it behind all that was launched so far."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until the stream has come to it."""
+        ...
+
+
+class DeviceStream(Protocol):
+    """The order in which a device copies and computes."""
+
+    @property
+    def handle(self) -> int:
+        """Its address."""
+        ...
+
+    def pinned(self, dtype: str, shape: Sequence[int]) -> Array:
+        """Return a zeroed host array that copies go to and from."""
+        ...
+
+    def clear(self, address: int, size: int) -> None:
+        """Write zeros over device memory."""
+        ...
+
+    def upload(self, address: int, source: Array) -> None:
+        """Copy a pinned array to the device, in order."""
+        ...
+
+    def download(self, target: Array, address: int) -> None:
+        """Copy device memory to a pinned array, in order, and wait for it."""
+        ...
+
+    def guard(self, *, recording: bool) -> AbstractContextManager[object]:
+        """Return what to hold during a pass, which may be one that is recorded."""
+        ...
+
+    def mark(self) -> Mark:
+        """Return a new mark."""
+        ...
+
+
 @dataclass(frozen=True)
 class Provider:
     """One execution provider.
@@ -47,13 +103,20 @@ class Provider:
     Attributes:
         memory: where outputs, caches and staged inputs live.
         options: the provider's own options.
-        host_inputs: catalogue inputs that the provider's kernels read in host memory.
+        sized_inputs: catalogue inputs that the provider's kernels read in host memory to choose themselves.
+            They get the cache's capacity, once: another number could mean another kernel.
+        stream: what sessions compute on, None where the provider waits at the end of each pass.
+        replays: whether passes are recorded once and replayed.
+        fixed_widths: whether a segment takes the widths that it was loaded for and no others.
     """
 
     name: str
     memory: Memory = Memory()
     options: Mapping[str, str] = field(default_factory=dict)
-    host_inputs: frozenset[str] = frozenset()
+    sized_inputs: frozenset[str] = frozenset()
+    stream: DeviceStream | None = None
+    replays: bool = False
+    fixed_widths: bool = False
 
 
 class Buffer:
@@ -62,30 +125,44 @@ class Buffer:
     Attributes:
         value: the tensor as ONNX Runtime binds it.
         array: the same memory as a numpy array, where numpy can express it; else None.
+        stream: what orders the work on it, None where nothing is pending after a pass.
     """
 
-    __slots__ = ("array", "value")
+    __slots__ = ("_dtype", "_host", "array", "stream", "value")
 
-    def __init__(self, value: ort.OrtValue, array: Array | None) -> None:
+    def __init__(
+        self, value: ort.OrtValue, array: Array | None, stream: DeviceStream | None = None, dtype: str = ""
+    ) -> None:
         self.value = value
         self.array = array
+        self.stream = stream
+        self._dtype = dtype
+        self._host: Array | None = None
 
     def numpy(self) -> Array:
-        """Return the values in host memory; a view on the host, a copy from a device."""
+        """Return the values in host memory; a view on the host, else a copy that the next call writes over."""
         if self.array is not None:
             return self.array
-        copied: Array = self.value.numpy()
-        return copied
+        if self.stream is None or self._dtype == "bfloat16":
+            copied: Array = self.value.numpy()
+            return copied
+        if self._host is None:
+            self._host = self.stream.pinned(self._dtype, self.value.shape())
+        self.stream.download(self._host, self.value.data_ptr())
+        return self._host
 
 
-def make_buffer(memory: Memory, dtype: str, shape: Sequence[int]) -> Buffer:
+def make_buffer(memory: Memory, dtype: str, shape: Sequence[int], stream: DeviceStream | None = None) -> Buffer:
     """Return a zeroed tensor of a `TensorSpec` dtype in a device's memory."""
     if memory.is_host:
         return _host_buffer(dtype, shape)
     value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _ELEMENT_TYPES[dtype], memory.kind, memory.index)
-    if dtype != "bfloat16":
+    if stream is not None:
+        # Bits that mean no number, in a slot that no row sees, would still spoil a product with zero.
+        stream.clear(value.data_ptr(), int(np.prod(shape)) * _ITEM_BYTES[dtype])
+    elif dtype != "bfloat16":
         value.update_inplace(np.zeros(shape, dtype))
-    return Buffer(value, None)
+    return Buffer(value, None, stream, dtype)
 
 
 def _host_buffer(dtype: str, shape: Sequence[int]) -> Buffer:
@@ -100,13 +177,15 @@ def _host_buffer(dtype: str, shape: Sequence[int]) -> Buffer:
 class OnnxRuntimeCache:
     """KV buffers of some layers, `[1, heads, capacity, head_dim]` each, in one device's memory."""
 
-    def __init__(self, layers: Sequence[LayerKV], capacity: int, memory: Memory) -> None:
+    def __init__(
+        self, layers: Sequence[LayerKV], capacity: int, memory: Memory, stream: DeviceStream | None = None
+    ) -> None:
         self._capacity = capacity
         self.buffers: dict[str, Buffer] = {}
         for layer in layers:
             shape = (1, layer.heads, capacity, layer.head_dim)
             for name in kv_names("past_key_values", layer.layer):
-                self.buffers[name] = make_buffer(memory, layer.dtype, shape)
+                self.buffers[name] = make_buffer(memory, layer.dtype, shape, stream)
 
     @property
     def capacity(self) -> int:
@@ -121,43 +200,111 @@ class OnnxRuntimeCache:
         array[:, :, past_length : past_length + rows.shape[2]] = rows
 
 
-@dataclass(frozen=True)
-class _Bound:
+class _StagingBlock:
+    """Host-computed inputs of one binding in one pinned block, and its copy on the device.
+
+    One copy per pass moves them all.
+    """
+
+    def __init__(
+        self, specs: Sequence[TensorSpec], sizes: Mapping[str, int], memory: Memory, stream: DeviceStream
+    ) -> None:
+        places = list(_places(specs, sizes))
+        size = max((end for _, _, _, end in places), default=0)
+        self._pinned = stream.pinned("uint8", (size,))
+        self._device = make_buffer_of_bytes(memory, size)
+        self._stream = stream
+        self._mark = stream.mark()
+        self.arrays: dict[str, Array] = {}
+        self.addresses: dict[str, int] = {}
+        for spec, shape, start, end in places:
+            view: Array = self._pinned[start:end].view(spec.dtype).reshape(shape)
+            self.arrays[spec.name] = view
+            self.addresses[spec.name] = self._device.data_ptr() + start
+
+    def wait(self) -> None:
+        """Wait until the last upload has left the host's block."""
+        self._mark.wait()
+
+    def upload(self) -> None:
+        """Copy the block to the device, in order."""
+        self._stream.upload(self._device.data_ptr(), self._pinned)
+        self._mark.renew()
+
+
+def make_buffer_of_bytes(memory: Memory, size: int) -> ort.OrtValue:
+    """Return uninitialised device memory of some bytes."""
+    return ort.OrtValue.ortvalue_from_shape_and_type([max(size, 1)], _ELEMENT_TYPES["uint8"], memory.kind, memory.index)
+
+
+def _places(
+    specs: Sequence[TensorSpec], sizes: Mapping[str, int]
+) -> Iterator[tuple[TensorSpec, tuple[int, ...], int, int]]:
+    """Yield each input's shape, and where it starts and ends in a block of bytes."""
+    start = 0
+    for spec in specs:
+        shape = _shape(spec, sizes)
+        end = start + int(np.prod(shape)) * _ITEM_BYTES[spec.dtype]
+        yield spec, shape, start, end
+        start = -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+@dataclass
+class Bound:
     """One width's binding: what it reads, what it writes.
 
     Attributes:
         staging: host-computed inputs by name, copied into on every pass.
+        block: what brings `staging` to the device; None where the graph reads it where it is.
         outputs: catalogue outputs by name, as `run` returns them.
         new_rows: in rows form, the new KV rows by the name of the past they belong to.
-        passed: the OrtValue that each directly bound input holds now, by name.
+        options: of its runs.
+        recording: the number of its recorded pass, None where passes aren't recorded.
+        cache: what the pass reads and writes.
+        held: what must outlive the binding besides.
+        passes: how many it has run.
     """
 
     binding: ort.IOBinding
-    staging: Mapping[str, Buffer]
+    staging: Mapping[str, Array]
+    block: _StagingBlock | None
     outputs: Mapping[str, Tensor]
     new_rows: Mapping[str, Array]
-    passed: dict[str, ort.OrtValue]
+    options: ort.RunOptions | None
+    recording: int | None
     cache: KVCache | None
+    held: tuple[object, ...]
+    passes: int = 0
 
 
 class OnnxRuntimeSegment:
     """One graph in one session, with a binding per width."""
 
-    def __init__(self, name: str, session: ort.InferenceSession, graph: Graph, form: Form, provider: Provider) -> None:
+    def __init__(
+        self,
+        name: str,
+        session: ort.InferenceSession,
+        graph: Graph,
+        form: Form,
+        provider: Provider,
+        widths: tuple[int, ...] | None = None,
+    ) -> None:
         self.name = name
         self.session = session
         self._form = form
         self._provider = provider
+        self._widths = widths
         self._inputs = tuple(spec for spec in graph.inputs if not spec.name.startswith("past_key_values."))
         self._outputs = graph.outputs
         self._past = tuple(spec.name for spec in graph.inputs if spec.name.startswith("past_key_values."))
         self._names = frozenset(spec.name for spec in self._inputs)
-        self._bound: OrderedDict[tuple[int, int, int], _Bound] = OrderedDict()
+        self._bound: OrderedDict[tuple[int, ...], Bound] = OrderedDict()
+        self._recordings = itertools.count(1)
 
     @property
     def widths(self) -> tuple[int, ...] | None:
-        """None: any width runs."""
-        return None
+        """The widths that it was loaded for, where it takes no others; else None."""
+        return self._widths
 
     @property
     def input_names(self) -> frozenset[str]:
@@ -170,81 +317,138 @@ class OnnxRuntimeSegment:
         Raises:
             DeviceError: the runtime refused or failed the pass.
         """
-        bound = self._binding(feeds, cache)
-        for name, buffer in bound.staging.items():
-            self._stage(bound, name, buffer, feeds[name])
-        try:
-            self.session.run_with_iobinding(bound.binding)
-        except Exception as error:
-            raise DeviceError(f"{self.name} failed on {self._provider.name}: {error}") from error
+        stream = self._provider.stream
+        if stream is None:
+            bound = self._binding(feeds, cache)
+            self._launch(bound, feeds)
+        else:
+            with stream.guard(recording=False):
+                bound = self._binding(feeds, cache)
+            with stream.guard(recording=bound.recording is not None and bound.passes < _UNTIL_RECORDED):
+                self._launch(bound, feeds)
         if bound.new_rows:
             assert isinstance(cache, OnnxRuntimeCache)
             for past_name, rows in bound.new_rows.items():
                 cache.write_rows(past_name, rows, past_length)
         return bound.outputs
 
-    def _stage(self, bound: _Bound, name: str, buffer: Buffer, tensor: Tensor) -> None:
-        """Put one input where the binding reads it: copy host values, bind device ones as they are."""
-        if isinstance(tensor, Buffer):
-            if bound.passed.get(name) is not tensor.value:
-                bound.binding.bind_ortvalue_input(name, tensor.value)
-                bound.passed[name] = tensor.value
-            return
-        values = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
-        if buffer.array is not None:
-            buffer.array[...] = values
-        else:
-            buffer.value.update_inplace(np.ascontiguousarray(values))
-        # Where the graph reads an input in another memory than the buffer's (a size that a GPU's graph
-        # wants on the host, say), binding makes a copy, which later writes to the buffer don't reach.
-        if not self._provider.memory.is_host or bound.passed.get(name) is not buffer.value:
-            bound.binding.bind_ortvalue_input(name, buffer.value)
-            bound.passed[name] = buffer.value
+    def _launch(self, bound: Bound, feeds: Mapping[str, Tensor]) -> None:
+        """Stage the inputs and start the pass; without a stream, wait for its end."""
+        if bound.block is not None:
+            bound.block.wait()  # what a pass before this one reads must have left the block
+        for name, array in bound.staging.items():
+            array[...] = to_host(feeds[name])
+        if bound.block is not None:
+            bound.block.upload()
+        bound.passes += 1
+        try:
+            self.session.run_with_iobinding(bound.binding, bound.options)
+        except Exception as error:
+            raise DeviceError(f"{self.name} failed on {self._provider.name}: {error}") from error
 
-    def _binding(self, feeds: Mapping[str, Tensor], cache: KVCache | None) -> _Bound:
+    def _binding(self, feeds: Mapping[str, Tensor], cache: KVCache | None) -> Bound:
         positions = feeds["position_ids"]
         rows = feeds.get("logit_rows")
+        given = self._given(feeds)
         key = (
             positions.shape[1] if isinstance(positions, np.ndarray) else 0,
             rows.shape[0] if isinstance(rows, np.ndarray) else 0,
             0 if cache is None else id(cache),
+            *(id(buffer.value) for buffer in given.values()),
         )
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._bound[key] = self._bind(key[0], key[1], cache)
+            bound = self._bound[key] = self._bind(key[0], key[1], cache, given)
             if len(self._bound) > _KEPT_BINDINGS:
-                self._bound.popitem(last=False)
+                self._forget(self._bound.popitem(last=False)[1])
         else:
             self._bound.move_to_end(key)
         return bound
 
-    def _bind(self, width: int, rows: int, cache: KVCache | None) -> _Bound:
+    def _given(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Buffer]:
+        """Return the inputs that are bound as they are: tensors of this device, ordered by its own stream."""
+        found = {name: feeds.get(name) for name in self._names}
+        return {
+            name: tensor
+            for name, tensor in found.items()
+            if isinstance(tensor, Buffer) and tensor.stream is self._provider.stream
+        }
+
+    def _forget(self, bound: Bound) -> None:
+        if bound.recording is not None:
+            self.session.release_captured_graph(bound.recording)
+
+    def _bind(self, width: int, rows: int, cache: KVCache | None, given: Mapping[str, Buffer]) -> Bound:
         if self._past and not isinstance(cache, OnnxRuntimeCache):
             raise DeviceError(f"{self.name} keeps a KV cache; run it with one that its own device made")
         binding = self.session.io_binding()
         sizes = {"width": width, "rows": rows, "capacity": 0 if cache is None else cache.capacity}
-        staging = {spec.name: self._staging(spec, sizes) for spec in self._inputs}
+        past = cache.buffers if isinstance(cache, OnnxRuntimeCache) else {}
+        known = {name: buffer.value for name, buffer in given.items()}
+        known |= {name: past[name].value for name in self._past}
+        for name in self._provider.sized_inputs & self._names:
+            known[name] = ort.OrtValue.ortvalue_from_numpy(np.array(sizes["capacity"], np.int32))
+        for name, value in known.items():
+            binding.bind_ortvalue_input(name, value)
+        staging, block = self._stage(binding, [spec for spec in self._inputs if spec.name not in known], sizes)
+        outputs, new_rows = self._bind_outputs(binding, sizes, past)
+        options, recording = self._run_options()
+        return Bound(binding, staging, block, outputs, new_rows, options, recording, cache, tuple(known.values()))
+
+    def _stage(
+        self, binding: ort.IOBinding, specs: Sequence[TensorSpec], sizes: Mapping[str, int]
+    ) -> tuple[Mapping[str, Array], _StagingBlock | None]:
+        """Bind buffers that a host fills; return their arrays, and what brings them to the device."""
+        memory, stream = self._provider.memory, self._provider.stream
+        for spec in specs:
+            if spec.dtype == "bfloat16":
+                raise DeviceError(
+                    f"{self.name} takes {spec.name} in bfloat16, which can't pass through host memory; keep the "
+                    "segments on one device, or export in fp16"
+                )
+        if stream is None:
+            return dict(self._bind_staged(binding, spec, sizes) for spec in specs), None
+        block = _StagingBlock(specs, sizes, memory, stream)
+        for spec in specs:
+            shape, address = block.arrays[spec.name].shape, block.addresses[spec.name]
+            binding.bind_input(spec.name, memory.kind, memory.index, _ELEMENT_TYPES[spec.dtype], shape, address)
+        return block.arrays, block
+
+    def _bind_staged(self, binding: ort.IOBinding, spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[str, Array]:
+        buffer = make_buffer(Memory(), spec.dtype, _shape(spec, sizes))
+        assert buffer.array is not None
+        binding.bind_ortvalue_input(spec.name, buffer.value)
+        return spec.name, buffer.array
+
+    def _bind_outputs(
+        self, binding: ort.IOBinding, sizes: Mapping[str, int], past: Mapping[str, Buffer]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Array]]:
+        """Bind outputs; return the catalogue ones, and in rows form the new KV rows by their past's name."""
         outputs: dict[str, Tensor] = {}
         new_rows: dict[str, Array] = {}
-        past = cache.buffers if isinstance(cache, OnnxRuntimeCache) else {}
-        for name in self._past:
-            binding.bind_ortvalue_input(name, past[name].value)
         for spec in self._outputs:
             past_name = spec.name.replace("present.", "past_key_values.", 1)
             if past_name in past and self._form is Form.INPLACE:
                 binding.bind_ortvalue_output(spec.name, past[past_name].value)
                 continue
-            buffer = make_buffer(self._provider.memory, spec.dtype, _shape(spec, sizes))
+            buffer = make_buffer(self._provider.memory, spec.dtype, _shape(spec, sizes), self._provider.stream)
             binding.bind_ortvalue_output(spec.name, buffer.value)
             if past_name in past:
                 new_rows[past_name] = buffer.numpy()
             else:
                 outputs[spec.name] = buffer if buffer.array is None else buffer.array
-        return _Bound(binding, staging, outputs, new_rows, {}, cache)
+        return outputs, new_rows
 
-    def _staging(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Buffer:
-        memory = Memory() if spec.name in self._provider.host_inputs else self._provider.memory
-        return make_buffer(memory, spec.dtype, _shape(spec, sizes))
+    def _run_options(self) -> tuple[ort.RunOptions | None, int | None]:
+        if self._provider.stream is None:
+            return None, None
+        options = ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if not self._provider.replays:
+            return options, None
+        recording = next(self._recordings)
+        options.add_run_config_entry("gpu_graph_id", str(recording))
+        return options, recording
 
 
 def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -270,7 +474,14 @@ class OnnxRuntimeDevice:
         return self._form
 
     def load_segment(
-        self, folder: Path, segment: Segment, *, capacity: int, widths: Sequence[int], threads: int
+        self,
+        folder: Path,
+        segment: Segment,
+        *,
+        capacity: int,
+        shapes: Sequence[PassShape],
+        threads: int,
+        later: Sequence[PassShape] = (),
     ) -> OnnxRuntimeSegment:
         """Load a segment of the bundle at `folder`; see `base.Device.load_segment`.
 
@@ -283,12 +494,13 @@ class OnnxRuntimeDevice:
                 f"{self._name} needs {segment.name} in {self._form.value} form, the bundle has "
                 f"{', '.join(sorted(form.value for form in segment.graphs))}; export the bundle again"
             )
-        session = self._open_session(folder / graph.file, segment.name, threads)
-        return OnnxRuntimeSegment(segment.name, session, graph, self._form, self._provider)
+        session, provider = self._open_session(folder / graph.file, segment.name, threads)
+        widths = widths_of(shapes) if provider.fixed_widths else None
+        return OnnxRuntimeSegment(segment.name, session, graph, self._form, provider, widths)
 
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> OnnxRuntimeCache:
         """Return a zeroed cache for these layers."""
-        return OnnxRuntimeCache(layers, capacity, self._provider.memory)
+        return OnnxRuntimeCache(layers, capacity, self._provider.memory, self._provider.stream)
 
     def session_options(self, segment_name: str, threads: int) -> ort.SessionOptions:
         """Return the options of one segment's session; subclasses add theirs."""
@@ -303,8 +515,11 @@ class OnnxRuntimeDevice:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 
-    def _open_session(self, path: Path, segment_name: str, threads: int) -> ort.InferenceSession:
-        provider = self._provider
+    def _open_session(self, path: Path, segment_name: str, threads: int) -> tuple[ort.InferenceSession, Provider]:
+        """Return a session on this device's provider, and the provider as the session has it."""
+        return self._session_on(self._provider, path, segment_name, threads), self._provider
+
+    def _session_on(self, provider: Provider, path: Path, segment_name: str, threads: int) -> ort.InferenceSession:
         if provider.name not in ort.get_available_providers():
             raise DeviceError(
                 f"{self._name} needs {provider.name}, this onnxruntime offers "
@@ -322,4 +537,6 @@ class OnnxRuntimeDevice:
         if found != provider.name:
             # ONNX Runtime replaces a provider that fails to start by the CPU, with only a warning.
             raise DeviceError(f"{path.name} was asked to run on {provider.name} but got {found}; check its driver")
+        # Nor may a pass that fails be tried again on the CPU.
+        session.disable_fallback()
         return session
