@@ -20,7 +20,7 @@ from typing import Any
 
 from mirror.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "mirror.json"
 
 # The names a graph may use. A host computes every input below from its cursor and feeds those
@@ -36,13 +36,15 @@ INPUT_NAMES = (
     "row_visible",  # int32 [width], the row sees trunk slots < row_visible
     "row_branch",  # int32 [width], the row also sees earlier slots of this branch
     "slot_branch",  # int32 [capacity], the branch each slot belongs to, -1 for none
+    "features",  # [1, width, target hidden], the exit layer's state of the row before, for a draft fed by it
+    "feature_rows",  # float32 [width], 1 where a row has a feature, else 0
 )
 OUTPUT_NAMES = (
     "hidden_states",  # [1, width, hidden]
     "logits",  # float32 [1, rows, vocab]
-    "token_ids",  # int64 [1, width], the likeliest next token of each row
-    "candidate_ids",  # int64 [1, width, top], likeliest first
-    "candidate_logprobs",  # float32 [1, width, top]
+    "token_ids",  # int64 [1, rows], the likeliest next token of each wanted row
+    "candidate_ids",  # int64 [1, rows, top] (the exit head: [1, width, top]), likeliest first
+    "candidate_logprobs",  # float32, the same shape
 )
 
 
@@ -86,12 +88,36 @@ class Graph:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """A segment's graph in rows form, compiled ahead of time for one device and fixed sizes.
+
+    Attributes:
+        device: what it was compiled for: `qnn:v73`, `openvino:CPU`.
+        width, rows, capacity: sizes of a pass, `rows` 0 for a graph that doesn't ask, and of the cache.
+        file: what the runtime loads; files that it refers to lie beside it.
+        runtime: the compiling libraries with their versions. No other is expected to read the file.
+        options: what the compiler was told.
+        graph_sha256: of the graph that it was made from.
+    """
+
+    device: str
+    width: int
+    rows: int
+    capacity: int
+    file: str
+    runtime: str
+    options: Mapping[str, str]
+    graph_sha256: str
+
+
+@dataclass(frozen=True)
 class Segment:
-    """One step of the model; `graphs` holds it in one or both forms."""
+    """One step of the model; `graphs` holds it in one or both forms, `compiled` what `mirror compile` made of it."""
 
     name: str
     kv: tuple[LayerKV, ...]
     graphs: Mapping[Form, Graph]
+    compiled: tuple[Compiled, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,12 +162,45 @@ class Tokens:
 
 @dataclass(frozen=True)
 class DraftFacts:
-    """What the draft is: `model` (graphs in the bundle) or `ngram` (prompt lookup, no graph)."""
+    """What the draft is: `model` (graphs in the bundle) or `ngram` (prompt lookup, no graph).
+
+    Attributes:
+        vocab_size: rows of its embedding; the first stream's token is `vocab_size`.
+        streams: lookahead streams that it was trained with.
+        feature_layer: the exit layer whose state feeds it, None for a draft of tokens alone.
+        vocabulary: how many tokens its head knows; `vocab_size` unless it was trimmed.
+    """
 
     kind: str
     source: str
     layers: int
     vocab_size: int
+    vocabulary: int
+    streams: int = 0
+    feature_layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a host does where the user says nothing; None leaves it to the host.
+
+    Attributes:
+        mode: `plain`, `serial` or `mirror`.
+        candidates: `exit`, `draft` or `both`.
+        gamma: draft tokens of a window.
+        fanout: branches per window position, gamma + 1 counts.
+        tokens_per_pass: tokens that each of a rollout's passes gives a branch; the last number repeats.
+        target_device, suffix_device, draft_device: where segments run.
+    """
+
+    mode: str | None = None
+    candidates: str | None = None
+    gamma: int | None = None
+    fanout: tuple[int, ...] | None = None
+    tokens_per_pass: tuple[int, ...] | None = None
+    target_device: str | None = None
+    suffix_device: str | None = None
+    draft_device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +232,7 @@ class Manifest:
     draft: DraftFacts | None
     segments: Mapping[str, Segment]
     files: Mapping[str, FileFacts]
+    settings: Settings = Settings()
 
 
 def kv_names(prefix: str, layer: int) -> tuple[str, str]:
@@ -263,7 +323,10 @@ def _check_schema(path: Path, data: Any) -> None:
 
 def _to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, Segment) and not value.compiled:
+            del fields["compiled"]
+        return fields
     if isinstance(value, Mapping):
         return {(key.value if isinstance(key, Form) else key): _to_json(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -282,7 +345,13 @@ def _manifest(data: dict[str, Any]) -> Manifest:
         draft=None if data["draft"] is None else DraftFacts(**data["draft"]),
         segments={name: _segment(item) for name, item in data["segments"].items()},
         files={name: FileFacts(**item) for name, item in data["files"].items()},
+        settings=_settings(data["settings"]),
     )
+
+
+def _settings(item: dict[str, Any]) -> Settings:
+    lists = {name: tuple(item[name]) for name in ("fanout", "tokens_per_pass") if item.get(name) is not None}
+    return Settings(**{**item, **lists})
 
 
 def _segment(item: dict[str, Any]) -> Segment:
@@ -290,6 +359,7 @@ def _segment(item: dict[str, Any]) -> Segment:
         name=item["name"],
         kv=tuple(LayerKV(**layer) for layer in item["kv"]),
         graphs={Form(form): _graph(graph) for form, graph in item["graphs"].items()},
+        compiled=tuple(Compiled(**compiled) for compiled in item.get("compiled", ())),
     )
 
 

@@ -48,9 +48,9 @@ class PackagedModel:
 class DefaultOptions:
     """How the default model is exported; part of the cache key, with the fields of the export command."""
 
-    exit_layer: str = "0.5"
+    exit_layer: str | None = None
     gamma: int = 7
-    kappa: int = 8
+    kappa: int | None = None
     max_length: int = 2048
     precision: str = "fp32"
     draft: str = "ngram"

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from mirror.bundle import Form, LayerKV, Segment
-from mirror.targets.base import KVCache, LoadedSegment, Tensor
+from mirror.targets.base import KVCache, LoadedSegment, PassShape, Tensor
 from mirror.targets.cpu import CpuDevice
+from mirror.targets.static_shapes import widths_of
 
 # Gets the segment's name and the pass's feeds; may wait or raise.
 Hook = Callable[[str, Mapping[str, Tensor]], None]
@@ -22,11 +23,14 @@ def no_hook(name: str, feeds: Mapping[str, Tensor]) -> None:
 class HookedSegment:
     """A loaded segment that calls a hook before each pass, inside its `run`."""
 
-    def __init__(self, name: str, inner: LoadedSegment, hook: Hook, widths: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, name: str, inner: LoadedSegment, hook: Hook, widths: tuple[int, ...] | None, later: tuple[int, ...]
+    ) -> None:
         self._name = name
         self._inner = inner
         self._hook = hook
         self._widths = widths
+        self._later = later
 
     @property
     def widths(self) -> tuple[int, ...] | None:
@@ -39,7 +43,8 @@ class HookedSegment:
     def run(self, feeds: Mapping[str, Tensor], cache: KVCache | None, past_length: int) -> Mapping[str, Tensor]:
         positions = feeds["position_ids"]
         assert isinstance(positions, np.ndarray)
-        assert self._widths is None or positions.shape[1] in self._widths, "a width it was not loaded for"
+        loaded = self._widths is None or positions.shape[1] in (*self._widths, *self._later)
+        assert loaded, "a width it was not loaded for"
         assert cache is None or past_length + positions.shape[1] <= cache.capacity, "rows past the cache"
         self._hook(self._name, feeds)
         return self._inner.run(feeds, cache, past_length)
@@ -62,10 +67,21 @@ class HookedDevice:
         return self._inner.form
 
     def load_segment(
-        self, folder: Path, segment: Segment, *, capacity: int, widths: Sequence[int], threads: int
+        self,
+        folder: Path,
+        segment: Segment,
+        *,
+        capacity: int,
+        shapes: Sequence[PassShape],
+        threads: int,
+        later: Sequence[PassShape] = (),
     ) -> HookedSegment:
-        inner = self._inner.load_segment(folder, segment, capacity=capacity, widths=widths, threads=threads)
-        return HookedSegment(segment.name, inner, self._hook, tuple(widths) if self._static else None)
+        inner = self._inner.load_segment(
+            folder, segment, capacity=capacity, shapes=shapes, threads=threads, later=later
+        )
+        return HookedSegment(
+            segment.name, inner, self._hook, widths_of(shapes) if self._static else None, widths_of(later)
+        )
 
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> KVCache:
         return self._inner.make_cache(layers, capacity)

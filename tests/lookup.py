@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mirror.bundle import (
+    SCHEMA_VERSION,
     Decoding,
     DraftFacts,
     FileFacts,
@@ -52,6 +53,8 @@ HIDDEN = 4  # what the prefix hands over: id, s0 and two zeros
 
 _TYPES = {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
 _INPUTS: dict[str, tuple[str, tuple[int | str, ...]]] = {
+    "features": ("float32", (1, "width", HIDDEN)),
+    "feature_rows": ("float32", ("width",)),
     "input_ids": ("int64", (1, "width")),
     "position_ids": ("int64", (1, "width")),
     "hidden_states": ("float32", (1, "width", HIDDEN)),
@@ -95,6 +98,8 @@ class LookupBundle:
     max_length: int = 64
     prefill_chunk: int = 5
     draft_kind: str = "model"
+    streams: int = 0
+    feature_layer: int | None = None
     forms: tuple[Form, ...] = field(default=(Form.INPLACE, Form.ROWS))
 
 
@@ -228,10 +233,10 @@ def _unpack(g: _GraphBuilder) -> tuple[str, str]:
     return g.op("Gather", state, g.ints(0), axis=1), g.op("Gather", state, g.ints(1), axis=1)
 
 
-def _give_candidates(g: _GraphBuilder, logits: str, count: int) -> None:
+def _give_candidates(g: _GraphBuilder, logits: str, count: int, rows: str = "width") -> None:
     values, ids = g.top(g.op("LogSoftmax", logits, axis=-1), count)
-    g.give("candidate_ids", g.op("Unsqueeze", ids, g.ints([0])), "int64", (1, "width", count))
-    g.give("candidate_logprobs", g.op("Unsqueeze", values, g.ints([0])), "float32", (1, "width", count))
+    g.give("candidate_ids", g.op("Unsqueeze", ids, g.ints([0])), "int64", (1, rows, count))
+    g.give("candidate_logprobs", g.op("Unsqueeze", values, g.ints([0])), "float32", (1, rows, count))
 
 
 def _exit_head(path: Path, table: Table, context: int, count: int) -> Graph:
@@ -246,22 +251,36 @@ def _exit_head(path: Path, table: Table, context: int, count: int) -> Graph:
 def _suffix(path: Path, model: Lookup, form: Form) -> Graph:
     g = _GraphBuilder()
     ids, s0 = _unpack(g)
-    # The other way to the same cursor, so that those inputs are checked too.
+    # The other way to the same cursor, so that those inputs are checked too. The total may be any number
+    # from the end of this pass to the capacity: it hides nothing, but slots past it must not be looked at.
     width = g.op("Shape", ids)
     first = g.op("Add", g.op("Sub", g.to_ints(g.take("seqlens_k")), width), g.ints([1]))
     total = g.op("Reshape", g.to_ints(g.take("total_sequence_length")), g.ints([1]))
-    own = g.op("Add", g.op("Range", g.ints(0), g.op("Squeeze", width), g.ints(1)), g.op("Sub", total, width))
-    visible = g.op("LessOrEqual", _slots(g, 1), g.op("Unsqueeze", own, g.ints([1])))
+    own = g.op("Add", g.op("Range", g.ints(0), g.op("Squeeze", width), g.ints(1)), first)
+    slots = _slots(g, 1)
+    visible = g.op("And", g.op("LessOrEqual", slots, g.op("Unsqueeze", own, g.ints([1]))), g.op("Less", slots, total))
     s1 = _attend(g, 1, _layer_1_values(g, ids, s0, own), first, visible, form)
     logits = g.op("Gather", _table_rows(g, model, ids, s0, s1), g.take("logit_rows"))
     g.give("logits", g.op("Unsqueeze", logits, g.ints([0])), "float32", (1, "rows", model.vocab_size))
     return g.save(path)
 
 
-def _draft(path: Path, model: Lookup, form: Form, candidates: int | None) -> Graph:
+def _fed_ids(g: _GraphBuilder, ids: str) -> str:
+    """Return ids with 1 + the id and s0 of the row before added where a row has a feature."""
+    state = g.to_ints(g.op("Squeeze", g.take("features"), g.ints([0])))
+    before = g.op("Add", g.op("Gather", state, g.ints(0), axis=1), g.op("Gather", state, g.ints(1), axis=1))
+    has = g.to_ints(g.take("feature_rows"))
+    return g.op("Add", ids, g.op("Mul", has, g.op("Add", before, g.ints(1))))
+
+
+def _draft(path: Path, spec: LookupBundle, form: Form, candidates: int | None) -> Graph:
     """Save the draft over branches, or, with a candidate count, over the window."""
     g = _GraphBuilder()
+    assert spec.draft is not None
+    model = spec.draft
     ids, positions = _flat(g, "input_ids"), _flat(g, "position_ids")
+    if spec.feature_layer is not None:
+        ids = _fed_ids(g, ids)
     first = g.to_ints(g.take("past_length"))
     slots = _slots(g, 0)
     own = g.op("Add", g.op("Range", g.ints(0), g.op("Squeeze", g.op("Shape", ids)), g.ints(1)), first)
@@ -273,10 +292,11 @@ def _draft(path: Path, model: Lookup, form: Form, candidates: int | None) -> Gra
     s0 = _attend(g, 0, _weighted(g, ids, positions, 7), first, visible, form)
     s1 = _attend(g, 1, _layer_1_values(g, ids, s0, positions), first, visible, form)
     logits = _table_rows(g, model, ids, s0, s1)
+    logits = g.op("Gather", logits, g.take("logit_rows"))
     likeliest = g.op("ArgMax", logits, axis=-1, keepdims=0)
-    g.give("token_ids", g.op("Unsqueeze", likeliest, g.ints([0])), "int64", (1, "width"))
+    g.give("token_ids", g.op("Unsqueeze", likeliest, g.ints([0])), "int64", (1, "rows"))
     if candidates is not None:
-        _give_candidates(g, logits, candidates)
+        _give_candidates(g, logits, candidates, "rows")
     return g.save(path)
 
 
@@ -299,7 +319,7 @@ def write_bundle(folder: Path, spec: LookupBundle) -> Path:
     if draft is not None and spec.draft_kind == "model":
         for name, candidates in (("draft_trunk", count), ("draft", None)):
             segments[name] = _segment(
-                folder, spec, name, (0, 1), lambda path, form, some=candidates: _draft(path, draft, form, some)
+                folder, spec, name, (0, 1), lambda path, form, some=candidates: _draft(path, spec, form, some)
             )
     write_manifest(folder, _manifest(folder, spec, segments))
     return folder
@@ -319,12 +339,14 @@ def _manifest(folder: Path, spec: LookupBundle, segments: dict[str, Segment]) ->
     vocab = spec.target.vocab_size
     facts = None
     if spec.draft_kind == "ngram":
-        facts = DraftFacts("ngram", "ngram", 0, vocab)
+        facts = DraftFacts("ngram", "ngram", 0, vocab, vocab)
     elif spec.draft is not None:
-        facts = DraftFacts("model", "lookup", 2, spec.draft.vocab_size)
+        facts = DraftFacts(
+            "model", "lookup", 2, spec.draft.vocab_size, spec.draft.vocab_size, spec.streams, spec.feature_layer
+        )
     print_of = hashlib.sha256(spec.target.table.tobytes()).hexdigest()
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         producer=Producer("0", "lookup", "tests"),
         model=ModelFacts("Lookup", "lookup", 2, HIDDEN, vocab, spec.max_length + 64, "fp32", print_of),
         decoding=Decoding(1, spec.gamma, spec.kappa, spec.max_length, spec.prefill_chunk),
@@ -343,6 +365,15 @@ def oracle_logits(model: Lookup, tokens: Sequence[int]) -> Table:
         s1 += (s0 + token) % 11 * (1 + position % 5)
     row = (model.context * (s0 + 3 * s1) + tokens[-1]) % model.table.shape[0]
     return np.asarray(model.table[row])
+
+
+def oracle_fed(draft: Lookup, tokens: Sequence[int], fed: int) -> Table:
+    """Return a fed draft's logits after a context of which positions 1..fed have a feature."""
+    s0, ids = 0, []
+    for position, token in enumerate(tokens):
+        ids.append(token + (1 + tokens[position - 1] + s0 if 1 <= position <= fed else 0))
+        s0 += token * (1 + position % 7)
+    return oracle_logits(draft, ids)
 
 
 def oracle_greedy(model: Lookup, prompt: Sequence[int], count: int, eos: Sequence[int] = ()) -> list[int]:

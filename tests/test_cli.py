@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from click.testing import CliRunner, Result
 from tokenizers import models, pre_tokenizers
 
 import mirror
+from mirror.bundle import Settings, read_manifest, write_manifest
 from mirror.cli import main
 from mirror.default_model import default_bundle_path
 from tests.cli_reference import reference
@@ -25,7 +27,7 @@ from tests.lookup import Lookup, LookupBundle, agreeing_table, random_table, wri
 
 VOCAB = 24
 PROMPT = "w1 w2 w3"
-MODES = ["plain", "serial", "mirror"]
+MODES = ["auto", "plain", "serial", "mirror"]
 
 
 def make_bundle(folder: Path, *, draft: bool = True, max_length: int = 96) -> Path:
@@ -366,10 +368,37 @@ def test_inspect_tells_segments_cut_draft_and_devices(bundle: Path) -> None:
 
 def test_inspect_json_has_the_same_facts(bundle: Path) -> None:
     found = json.loads(ok(call("inspect", bundle, "--json")).stdout)
-    sizes = [path.stat().st_size for path in bundle.glob("target_suffix*.onnx")]
     suffix = next(segment for segment in found["segments"] if segment["name"] == "target_suffix")
-    assert suffix["graph_bytes"] == sum(sizes)
+    # One key and one value of 4 bytes in its one layer; its table is its only weight of some size.
+    assert (suffix["slot_bytes"], suffix["kv_bytes"]) == (8, 8 * 96)
+    assert 60 * VOCAB * 4 <= suffix["weight_bytes"] < 2 * 60 * VOCAB * 4
+    assert found["draft_memory"]["slot_bytes"] == 16
     assert (found["gamma"], found["kappa"], found["max_length"]) == (3, 2, 96)
+
+
+def test_settings_in_a_bundle_hold_where_the_command_says_nothing(own_bundle: Path) -> None:
+    manifest = read_manifest(own_bundle)
+    settings = Settings(mode="serial", gamma=2, target_device="cpu")
+    write_manifest(own_bundle, dataclasses.replace(manifest, settings=settings))
+    assert "mode serial, gamma 2, target_device cpu" in ok(call("inspect", own_bundle)).stdout
+    tuned = json.loads(ok(call("run", own_bundle, PROMPT, "--max-new-tokens", 20, "--json")).stdout)["statistics"]
+    assert tuned["branches_per_round"] is None  # serial prepares no branches
+    assert tuned["draft_tokens_proposed"] <= 2 * tuned["rounds"]
+    told = ok(call("run", own_bundle, PROMPT, "--max-new-tokens", 20, "--json", "--mode", "mirror", "--gamma", 3))
+    assert json.loads(told.stdout)["statistics"]["branches_per_round"] > 0
+
+
+def test_run_takes_a_fan_out_and_the_most_draft_tokens(bundle: Path) -> None:
+    options = ("--max-new-tokens", 20, "--json", "--mode", "mirror", "--candidates", "draft")
+    shaped = ok(call("run", bundle, PROMPT, *options, "--fanout", "2,1,0,0", "--tokens-per-pass", "1"))
+    assert json.loads(shaped.stdout)["statistics"]["branches_per_round"] <= 3
+    short = ok(call("run", bundle, PROMPT, *options, "--num-assistant-tokens", 1))
+    statistics = json.loads(short.stdout)["statistics"]
+    assert statistics["draft_tokens_proposed"] <= statistics["rounds"]
+    assert call("run", bundle, PROMPT, "--fanout", "2,x").exit_code == 2
+    refused = call("run", bundle, PROMPT, "--fanout", "2,1")
+    assert refused.exit_code == 1
+    assert "with gamma 3 it must have 4" in refused.stderr
 
 
 def test_inspect_verify_finds_an_edit_that_keeps_the_size(own_bundle: Path) -> None:

@@ -280,7 +280,7 @@ def test_manifest_faults_are_named(llama_bundle: Path, tmp_path: Path) -> None:
         (bundle / "mirror.json").write_text(json.dumps({**manifest, **changes}))
 
     written({"schema_version": 99})
-    with pytest.raises(BundleError, match="has schema version 99, this mirror reads 1"):
+    with pytest.raises(BundleError, match="has schema version 99, this mirror reads 2"):
         read_manifest(bundle)
     written({"colour": "red"})
     with pytest.raises(BundleError, match="colour"):
@@ -389,6 +389,13 @@ class _Draft:
         return self.trunk.run(_feeds(tokens, past), past, len(tokens))["token_ids"][0]
 
 
+def distilled_record(target: dict[str, str], **changes: object) -> dict[str, object]:
+    """Return a `distill.json` for a target's fingerprints."""
+    draft = {"layers": [0], "parameters": 1, "streams": 0, "feature_layer": None}
+    facts = {"format": 2, "target": target, "norm_eps": 1e-3, "draft": draft, "vocabulary": None, "defaults": {}}
+    return {**facts, **changes}
+
+
 def _distilled(folder: Path, llama: Path) -> Path:
     """Write what distillation would: a random exit head after layer 2 and a one-layer draft."""
     checkpoint = open_checkpoint(str(llama))
@@ -408,7 +415,7 @@ def _distilled(folder: Path, llama: Path) -> Path:
     target = open_checkpoint(str(llama))
     empty = build.tokenizer_fingerprint(None)
     facts = {"name": "llama-for-test", "fingerprint": target.fingerprint, "tokenizer_fingerprint": empty}
-    (folder / "distill.json").write_text(json.dumps({"format": 1, "target": facts, "norm_eps": 1e-3}))
+    (folder / "distill.json").write_text(json.dumps(distilled_record(facts)))
     return folder
 
 

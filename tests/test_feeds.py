@@ -17,7 +17,7 @@ def _values(pool: FeedPool, width: int) -> dict[str, np.ndarray]:
 
 def test_every_input_of_the_catalogue_that_a_cursor_gives_is_there_with_its_type() -> None:
     found = _values(FeedPool(CAPACITY, 100), 3)
-    assert set(found) == set(INPUT_NAMES) - {"hidden_states", "logit_rows"}
+    assert set(found) == set(INPUT_NAMES) - {"hidden_states", "logit_rows", "features", "feature_rows"}
     shapes = {name: (str(value.dtype), value.shape) for name, value in found.items()}
     assert shapes == {
         "input_ids": ("int64", (1, 3)),
@@ -34,7 +34,7 @@ def test_every_input_of_the_catalogue_that_a_cursor_gives_is_there_with_its_type
 @given(st.integers(1, 6), st.integers(0, 5), st.integers(0, 20))
 def test_a_line_of_tokens_with_padding_behind(count: int, padding: int, past: int) -> None:
     pool, width = FeedPool(CAPACITY, 24), count + padding
-    pool.at(width).fill_branches(np.ones(1, int), np.ones(1, int), np.ones(1, int), np.ones(1, int), 9)  # stale
+    pool.at(width).fill_rows(np.ones(1, int), np.ones(1, int), np.ones(1, int), np.ones(1, int), 9)  # stale
     pool.at(width).fill_causal(np.arange(count) + 5, past)
     found = _values(pool, width)
     assert found["input_ids"][0].tolist() == [*range(5, 5 + count), *[4 + count] * padding]
@@ -50,8 +50,8 @@ def test_a_line_of_tokens_with_padding_behind(count: int, padding: int, past: in
 def test_branch_rows_with_padding_that_no_row_sees() -> None:
     pool = FeedPool(CAPACITY, 100)
     feeds = pool.at(4)
-    feeds.fill_branches(np.arange(4), np.arange(4), np.full(4, 30), np.arange(4), 9)  # stale
-    feeds.fill_branches(np.array([7, 8]), np.array([12, 13]), np.array([11, 12]), np.array([0, 5]), 20)
+    feeds.fill_rows(np.arange(4), np.arange(4), np.full(4, 30), np.arange(4), 9)  # stale
+    feeds.fill_rows(np.array([7, 8]), np.array([12, 13]), np.array([11, 12]), np.array([0, 5]), 20)
     found = _values(pool, 4)
     assert found["input_ids"][0, :2].tolist() == [7, 8]
     assert found["position_ids"][0, :2].tolist() == [12, 13]

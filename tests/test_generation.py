@@ -294,6 +294,8 @@ def test_random_models_windows_and_limits_give_the_plain_path(
         prefill_chunk=data.draw(st.integers(1, 6), "chunk"),
         draft_kind=data.draw(st.sampled_from(["model", "model", "ngram"]), "kind"),
         forms=(form,),
+        streams=data.draw(st.integers(0, 3), "streams"),
+        feature_layer=data.draw(st.sampled_from([None, None, 1]), "feature layer"),
     )
     prompt = data.draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=min(8, spec.max_length - 1)), "prompt")
     count = data.draw(st.integers(1, 40), "count")
@@ -307,8 +309,10 @@ def test_random_models_windows_and_limits_give_the_plain_path(
     expected = _oracle_sampled(target, prompt, min(count, spec.max_length - len(prompt)), params, spec.eos)
     source = data.draw(st.sampled_from(list(CandidateSource)), "source")
     pinned = data.draw(st.booleans(), "pinned")
+    per_pass = data.draw(st.lists(st.integers(1, 1 + spec.streams), min_size=1, max_size=3), "tokens per pass")
+    per_pass = per_pass if spec.draft_kind == "model" else [1]
     modes = [data.draw(st.sampled_from([Mode.SERIAL, Mode.MIRROR]), "mode"), Mode.PLAIN]
-    options = EngineOptions(mode=modes[0], candidates=source, pinned=pinned)
+    options = EngineOptions(mode=modes[0], candidates=source, pinned=pinned, tokens_per_pass=tuple(per_pass))
     # Devices that compile ahead take few widths, so passes are padded.
     target_device = HookedDevice(form=form, static=data.draw(st.booleans(), "static target"))
     draft_device = HookedDevice(form=form, static=data.draw(st.booleans(), "static draft"))

@@ -112,7 +112,9 @@ def allowed_parts(found: Import) -> set[str]:
         return SHARED | {"runtime", "targets"}
     if part in COMMAND_LINE and found.at_load:
         return SHARED | COMMAND_LINE
-    return SHARED | COMMAND_LINE | {"__init__", "export", "distill", "runtime", "targets", "bench"}
+    if part == "tune":
+        return SHARED | {"tune", "runtime", "targets", "bench"} | (set() if found.at_load else {"export"})
+    return SHARED | COMMAND_LINE | {"__init__", "export", "distill", "runtime", "targets", "bench", "tune"}
 
 
 def test_the_walk_finds_the_imports() -> None:

@@ -46,24 +46,24 @@ def watched(tmp_path: Path) -> _Watched:
 
 
 def _window(draft: Draft) -> np.ndarray:
-    return np.array([CONTEXT[-1], *draft.propose(CONTEXT, 3).tokens])
+    return np.array([CONTEXT[-1], *draft.propose(CONTEXT, 3, None).tokens])
 
 
 def test_all_branches_go_on_while_the_outcome_is_open(watched: _Watched) -> None:
-    rollout = watched.draft.roll_out(CONTEXT, _window(watched.draft), 3, watched.meeting)
+    rollout = watched.draft.roll_out(CONTEXT, _window(watched.draft), 3, watched.meeting, None)
     assert watched.widths == [8, 8, 8]
     assert rollout.lengths.tolist() == [3] * 8
 
 
 def test_only_the_taken_branch_goes_on_once_the_outcome_is_known(watched: _Watched) -> None:
     window = _window(watched.draft)
-    whole = watched.draft.roll_out(CONTEXT, window, 3, Meeting())
+    whole = watched.draft.roll_out(CONTEXT, window, 3, Meeting(), None)
     watched.decide_after = 1
     pairs = zip(whole.branches.accepted.tolist(), whole.branches.next_tokens.tolist(), strict=True)
     for watched.outcome in [Outcome(accepted, token) for accepted, token in pairs]:
         watched.meeting = Meeting()
         watched.widths.clear()
-        narrowed = watched.draft.roll_out(CONTEXT, window, 3, watched.meeting)
+        narrowed = watched.draft.roll_out(CONTEXT, window, 3, watched.meeting, None)
         assert watched.widths == [8, 1, 1]
         assert sorted(narrowed.lengths.tolist()) == [1] * 7 + [3]
         accepted = window[1 : 1 + watched.outcome.accepted].tolist()
@@ -74,7 +74,7 @@ def test_only_the_taken_branch_goes_on_once_the_outcome_is_known(watched: _Watch
 def test_nothing_goes_on_once_no_branch_fits(watched: _Watched) -> None:
     watched.decide_after = 2
     watched.outcome = Outcome(9, 9)
-    rollout = watched.draft.roll_out(CONTEXT, _window(watched.draft), 3, watched.meeting)
+    rollout = watched.draft.roll_out(CONTEXT, _window(watched.draft), 3, watched.meeting, None)
     assert watched.widths == [8, 8]
     assert rollout.find(watched.outcome) is None
 
@@ -82,10 +82,10 @@ def test_nothing_goes_on_once_no_branch_fits(watched: _Watched) -> None:
 def test_nothing_begins_once_it_is_abandoned(watched: _Watched) -> None:
     window = _window(watched.draft)
     watched.meeting.abandon()
-    watched.draft.roll_out(CONTEXT, window, 3, watched.meeting)
+    watched.draft.roll_out(CONTEXT, window, 3, watched.meeting, None)
     assert watched.widths == []
     # And what the draft has read is still right.
-    assert watched.draft.propose(CONTEXT, 3).tokens == tuple(window[1:].tolist())
+    assert watched.draft.propose(CONTEXT, 3, None).tokens == tuple(window[1:].tolist())
 
 
 @pytest.mark.parametrize("draft_vocab", [9, 17])

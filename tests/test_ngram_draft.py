@@ -25,9 +25,9 @@ def _draft(source: CandidateSource = CandidateSource.DRAFT, fanout: int = 2, gam
 
 
 def test_the_longest_and_then_latest_repetition_wins() -> None:
-    assert _draft().propose(np.array([1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3]), 2).tokens == (7, 9)
-    assert _draft().propose(np.array([2, 3, 7, 9, 2, 3, 8, 5, 2, 3]), 3).tokens == (8, 5, 2)
-    assert _draft().propose(np.array([1, 2, 3]), 3).tokens == ()
+    assert _draft().propose(np.array([1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3]), 2, None).tokens == (7, 9)
+    assert _draft().propose(np.array([2, 3, 7, 9, 2, 3, 8, 5, 2, 3]), 3, None).tokens == (8, 5, 2)
+    assert _draft().propose(np.array([1, 2, 3]), 3, None).tokens == ()
 
 
 @given(TOKENS, st.lists(TOKENS, max_size=4), st.integers(0, 25))
@@ -36,19 +36,19 @@ def test_proposals_equal_the_search_by_hand_however_the_context_grew(
 ) -> None:
     draft, context = _draft(), list(prompt)
     for addition in additions:
-        assert list(draft.propose(np.array(context), 3).tokens) == _by_hand(context, context, 3)
+        assert list(draft.propose(np.array(context), 3, None).tokens) == _by_hand(context, context, 3)
         context += addition
     # Another prompt that shares a beginning.
     draft.keep(min(kept, len(context)))
     context = [*context[:kept], 3, 1]
-    assert list(draft.propose(np.array(context), 3).tokens) == _by_hand(context, context, 3)
+    assert list(draft.propose(np.array(context), 3, None).tokens) == _by_hand(context, context, 3)
 
 
 @given(TOKENS, st.lists(st.integers(0, 3), max_size=3))
 def test_every_branch_equals_the_search_by_hand(context: list[int], proposed: list[int]) -> None:
     draft = _draft(fanout=4)
     window = [context[-1], *proposed]
-    rollout = draft.roll_out(np.array(context), np.array(window), 3, Meeting())
+    rollout = draft.roll_out(np.array(context), np.array(window), 3, Meeting(), None)
     pairs = zip(rollout.branches.accepted.tolist(), rollout.branches.next_tokens.tolist(), strict=True)
     for row, (accepted, token) in enumerate(pairs):
         line = [*context, *proposed[:accepted], token]

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from mirror.bundle import Form, Graph, Segment
 from mirror.errors import DeviceError
 from mirror.targets import open_device
-from mirror.targets.base import Device, KVCache, LoadedSegment, to_host
+from mirror.targets.base import Device, KVCache, LoadedSegment, PassShape, to_host
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.names import Precision
 from mirror.targets.openvino_settings import compile_settings, kernel_cache, kernel_cache_folder
-from mirror.targets.static_shapes import PassShape, covering_shape, first_shapes
+from mirror.targets.static_shapes import covering_shape, first_shapes
 from tests.rows_graph import KV_HEADS, LAYERS, VOCAB, write_segment
 
 pytestmark = pytest.mark.skipif(
@@ -44,11 +44,17 @@ def segment(folder: Path) -> Segment:
     return write_segment(folder)
 
 
+def prefill_last(widths: Sequence[int]) -> list[PassShape]:
+    """Return the widths as shapes; the widest, like prefill, wants one row's logits."""
+    return [PassShape(width, 1 if len(widths) > 1 and width == max(widths) else 0) for width in widths]
+
+
 class Runner:
     """A loaded segment with its cache, fed by plain lists."""
 
     def __init__(self, device: Device, folder: Path, segment: Segment, widths: Sequence[int] = WIDTHS) -> None:
-        self.loaded: LoadedSegment = device.load_segment(folder, segment, capacity=CAPACITY, widths=widths, threads=1)
+        shapes = prefill_last(widths)
+        self.loaded: LoadedSegment = device.load_segment(folder, segment, capacity=CAPACITY, shapes=shapes, threads=1)
         self.cache: KVCache = device.make_cache(segment.kv, CAPACITY)
         self.slot_branch = np.full(CAPACITY, -1, np.int32)
 
@@ -413,39 +419,38 @@ def test_sessions_per_shape_compute_the_same(
     folder: Path, segment: Segment, reference: Runner, widths: tuple[int, ...]
 ) -> None:
     """The plugin's segment, over ONNX Runtime's CPU sessions: the plugin itself lists Intel hardware only."""
-    from mirror.targets.openvino_plugin import ShapedSegment
+    from mirror.targets.shaped_segment import ShapedSegment
 
     device = CpuDevice(Form.ROWS)
     loaded: list[PassShape] = []
 
     def load(shape: PassShape) -> LoadedSegment:
         loaded.append(shape)
-        return device.load_segment(folder, segment, capacity=CAPACITY, widths=[shape.width], threads=1)
+        return device.load_segment(folder, segment, capacity=CAPACITY, shapes=[shape], threads=1)
 
     shaped = Runner(device, folder, segment)
-    shaped.loaded = ShapedSegment("tiny", segment.graphs[Form.ROWS], widths, load)
+    shaped.loaded = ShapedSegment("tiny", segment.graphs[Form.ROWS], prefill_last(widths), load)
     assert shaped.loaded.widths == widths
     past = 0
     for rows in (None, 1, 3):
         tokens = random_tokens(4, seed=past)
         assert_same(shaped.line(tokens, past, rows=rows), reference.line(tokens, past, rows=rows))
         past += 4
-    assert loaded == list(first_shapes(segment.graphs[Form.ROWS], widths))
+    assert loaded[: len(widths)] == list(first_shapes(segment.graphs[Form.ROWS], prefill_last(widths)))
     with pytest.raises(DeviceError, match="asked for 2"):
         shaped.line([1, 2], 0)
 
 
 def test_shapes_compiled_first_and_later(segment: Segment) -> None:
     graph = segment.graphs[Form.ROWS]
-    first = first_shapes(graph, [128, 1, 8, 8])
+    first = first_shapes(graph, [PassShape(128, 1), PassShape(1), PassShape(8), PassShape(8)])
     assert first == (PassShape(1, 1), PassShape(8, 8), PassShape(128, 1))
-    assert first_shapes(graph, [8]) == (PassShape(8, 8),)
     assert covering_shape(first, PassShape(8, 3)) == PassShape(8, 8)
     assert covering_shape(first, PassShape(128, 1)) == PassShape(128, 1)
     assert covering_shape(first, PassShape(128, 2)) == PassShape(128, 128)
     assert covering_shape([*first, PassShape(128, 128)], PassShape(128, 1)) == PassShape(128, 1)
     without_rows = Graph(graph.file, graph.inputs[:2], graph.outputs)
-    assert first_shapes(without_rows, [8, 1]) == (PassShape(1), PassShape(8))
+    assert first_shapes(without_rows, [PassShape(8), PassShape(1)]) == (PassShape(1), PassShape(8))
     assert covering_shape([PassShape(8)], PassShape(8)) == PassShape(8)
 
 

@@ -44,7 +44,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Mode], 
     made = {}
     for name, (target, draft) in PAIRS.items():
         folder = tmp_path_factory.mktemp("law") / "b"
-        spec = LookupBundle(Lookup(target, 0), Lookup(draft, 0), draft, gamma=3, kappa=2, max_length=700)
+        # Few enough candidates for redrafts, many enough for reuse by a draft that is mostly wrong.
+        kappa = 6 if "reversed" in name else 2
+        spec = LookupBundle(Lookup(target, 0), Lookup(draft, 0), draft, gamma=3, kappa=kappa, max_length=700)
         write_bundle(folder, spec)
         for mode in Mode:
             with open_engine(folder, EngineOptions(mode=mode)) as engine:

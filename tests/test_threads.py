@@ -21,7 +21,11 @@ def test_a_shared_cpu_is_never_oversubscribed_in_mirror_mode(total: int) -> None
 @pytest.mark.parametrize("mode", [Mode.PLAIN, Mode.SERIAL])
 def test_those_that_take_turns_get_all(mode: Mode) -> None:
     assert split_threads(6, mode, shared=True) == (6, 6)
-    assert split_threads(6, Mode.MIRROR, shared=False) == (6, 6)
+
+
+def test_a_draft_on_the_cpu_leaves_a_core_to_the_thread_that_feeds_a_gpu() -> None:
+    assert split_threads(6, Mode.MIRROR, shared=False) == (6, 5)
+    assert split_threads(1, Mode.MIRROR, shared=False) == (1, 1)
 
 
 def test_cores_are_counted() -> None:

@@ -23,6 +23,7 @@ from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.engine import Engine, Result
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Lane, Round
+from mirror.targets.base import PassShape
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.onnxruntime_session import OnnxRuntimeSegment
 
@@ -70,10 +71,17 @@ class ClockedCpu(CpuDevice):
         self._clock = clock
 
     def load_segment(
-        self, folder: Path, segment: Segment, *, capacity: int, widths: Sequence[int], threads: int
+        self,
+        folder: Path,
+        segment: Segment,
+        *,
+        capacity: int,
+        shapes: Sequence[PassShape],
+        threads: int,
+        later: Sequence[PassShape] = (),
     ) -> OnnxRuntimeSegment:
         """Load a segment whose runs are noted."""
-        loaded = super().load_segment(folder, segment, capacity=capacity, widths=widths, threads=threads)
+        loaded = super().load_segment(folder, segment, capacity=capacity, shapes=shapes, threads=threads, later=later)
         loaded.session = ClockedSession(loaded.session, self._clock)
         return loaded
 

@@ -34,6 +34,14 @@ def provenance(module: str) -> dict[str, Any]:
     }
 
 
+def gpu_name(index: int) -> str | None:
+    """Return a GPU's name as its driver lists it; None without one."""
+    from mirror.targets.cuda import driver_gpus
+
+    gpus = driver_gpus()
+    return gpus[index] if index < len(gpus) else None
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for name in _LIBRARIES:

@@ -26,23 +26,27 @@ INLINE_BYTES = 1024
 
 
 class Precision(Enum):
-    """How weights are stored. int8 and int4 are weight-only: the rest stays float32."""
+    """How weights are stored. int8 and int4 are weight-only: the rest is float32, or float16, which GPUs want."""
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
     INT4 = "int4"
+    INT8_FP16 = "int8-fp16"
+    INT4_FP16 = "int4-fp16"
 
     @property
     def float_type(self) -> ir.DataType:
         """The type of activations, norms and caches."""
-        return {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}.get(self.value, ir.DataType.FLOAT)
+        if self is Precision.BF16:
+            return ir.DataType.BFLOAT16
+        return ir.DataType.FLOAT16 if self.value.endswith("fp16") else ir.DataType.FLOAT
 
     @property
     def bits(self) -> int | None:
         """Bits of a quantised weight; None where weights stay floating point."""
-        return {"int8": 8, "int4": 4}.get(self.value)
+        return {"int8": 8, "int4": 4}.get(self.value.partition("-")[0])
 
 
 @dataclass
@@ -57,6 +61,11 @@ class Binder:
     precision: Precision
     file: WeightFile
     linked: dict[Path, str] = field(default_factory=dict)
+    quantised: dict[str, Quantised] = field(default_factory=dict)
+
+    def of(self, source: WeightSource) -> Binder:
+        """Return a binder over other tensors that shares what this one has linked and written."""
+        return Binder(self.folder, source, self.precision, self.file, self.linked, self.quantised)
 
     @property
     def dtype(self) -> ir.DataType:
@@ -76,7 +85,7 @@ class Binder:
         if self._writes(graph, parts):
             parts = pack_attention(graph, parts)
         if self.precision.bits is not None:
-            self._quantise(graph, parts, Quantiser(self.precision.bits, self.file))
+            self._quantise(graph, parts, Quantiser(self.precision.bits, self.file, self.dtype))
         for name, pieces in parts.items():
             value = graph.initializers[name]
             if list(value.uses()):
@@ -147,7 +156,7 @@ class Binder:
 
     def _quantise(self, graph: ir.Graph, parts: Mapping[str, Parts], quantiser: Quantiser) -> None:
         """Turn linear layers into `MatMulNBits`, and embeddings tied to one into `GatherBlockQuantized`."""
-        known: dict[str, Quantised] = {}
+        known = self.quantised
         for node in list(graph):
             weight = node.inputs[1] if is_op(node, "Linear", DOMAIN) else None
             if weight is None or weight.name not in parts or not is_quantisable(str(weight.name)):
@@ -198,12 +207,11 @@ class Binder:
             self._set(graph.initializers[name], tensor)
         return graph.initializers[name]
 
-    def add(self, graph: ir.Graph, name: str, tensor: FileTensor, key: str) -> None:
+    def add(self, graph: ir.Graph, name: str, values: NDArray[np.generic], key: str) -> None:
         """Add an initializer that no node of this graph uses yet, in the bundle's float type."""
-        shape = list(tensor.shape)
         graph.initializers[name] = ir.Value(name=name)
         reference = self.file.store(
-            f"{key}:{self.dtype.name}", self.dtype, shape, lambda: tensor.numpy().astype(self.dtype.numpy())
+            f"{key}:{self.dtype.name}", self.dtype, list(values.shape), lambda: values.astype(self.dtype.numpy())
         )
         self._set(graph.initializers[name], reference)
 

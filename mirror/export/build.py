@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
 import torch
 from transformers import PretrainedConfig
 
@@ -23,6 +24,7 @@ from mirror.bundle import (
     Manifest,
     ModelFacts,
     Producer,
+    Settings,
     Tokens,
     file_sha256,
     write_manifest,
@@ -31,31 +33,40 @@ from mirror.errors import ExportError
 from mirror.export.bind import Binder, Precision
 from mirror.export.checkpoint import Checkpoint, eos_ids, open_checkpoint, tokenizer_fingerprint
 from mirror.export.cut import exit_layer_of
-from mirror.export.distilled import open_distilled
+from mirror.export.distilled import Defaults, open_distilled
 from mirror.export.draft import DraftChoice, check_same_tokens, parse_draft, take_layers, with_layers
 from mirror.export.normalize import normalize
 from mirror.export.progress import Progress, Silent
 from mirror.export.recut import write_segments
 from mirror.export.selfcheck import CheckReport, check
 from mirror.export.trace import Aliases, Traced, trace
+from mirror.export.vocabulary import TrimmedSource, Vocabulary, only_trimmed
 from mirror.export.weights import DRAFT_SCOPE, WeightFile, WeightSource
 from mirror.version import __version__
 
 POSITION_SLACK = 256  # rotary tables reach past max_length, for windows and padding rows at its end
 WEIGHT_FILE = "weights/mirror.bin"
-_TORCH_TYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+_TORCH_TYPES = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `mirror export` can be told."""
+    """What `mirror export` can be told.
 
-    exit_layer: str = "0.5"
+    Attributes:
+        exit_layer: a number of layers or a fraction of them; None takes the trained draft's, else half.
+        kappa: None takes what the trained draft's fan-out needs, else 8.
+        draft_vocabulary: tokens that the draft's and the exit's heads know; None takes the trained draft's
+            suggestion, 0 means all.
+    """
+
+    exit_layer: str | None = None
     gamma: int = 7
-    kappa: int = 8
+    kappa: int | None = None
     max_length: int = 2048
     precision: str = "fp32"
     draft: str | None = "ngram"
+    draft_vocabulary: int | None = None
     prefill_chunk: int = 128
     force: bool = False
     allow_failed_check: bool = False
@@ -98,13 +109,16 @@ class _Job:
         config = checkpoint.config
         self.checkpoint, self.options, self.progress = checkpoint, options, progress
         self.precision = _precision(options.precision)
-        self.exit_layer = _exit_layer(options.exit_layer, config.num_hidden_layers)
         self.draft: DraftChoice = parse_draft(options.draft, config.num_hidden_layers)
         self.distilled = open_distilled(self.draft.model) if self.draft.model else None
+        self.defaults = self.distilled.defaults if self.distilled is not None else Defaults()
+        self.exit_layer = self._exit_layer()
+        self.vocabulary = self._vocabulary()
+        self.kappa = options.kappa or max(self.defaults.kappa or 8, *(self.defaults.fanout or (0,)))
         other = self.draft.model if self.distilled is None else None
         self.draft_checkpoint = open_checkpoint(other, DRAFT_SCOPE) if other else None
         _positive("gamma", options.gamma, 64)
-        _positive("kappa", options.kappa, 64)
+        _positive("kappa", self.kappa, 64)
         limit = int(getattr(config, "max_position_embeddings", 0) or 2**20)
         self.max_length = min(options.max_length, limit)
         _positive("max-length", self.max_length, 2**20)
@@ -117,13 +131,11 @@ class _Job:
         file = WeightFile(folder / WEIGHT_FILE, WEIGHT_FILE, self.progress.advance)
         binder = Binder(folder, self.checkpoint.weights, self.precision, file)
         self.progress.start(f"trace {self.checkpoint.architecture}", None)
-        traced = trace(self.checkpoint.config, _TORCH_TYPES.get(self.precision, torch.float32))
-        exits = self._save_source(folder, "target", traced, traced.parameters, binder)
+        traced = trace(self.checkpoint.config, _TORCH_TYPES.get(self.precision.float_type, torch.float32))
+        exits = self._save_target(folder, traced, binder)
         draft = self._write_draft(folder, binder)
         options = self.options
-        decoding = Decoding(
-            self.exit_layer, options.gamma, options.kappa, self.max_length, options.prefill_chunk, exits
-        )
+        decoding = Decoding(self.exit_layer, options.gamma, self.kappa, self.max_length, options.prefill_chunk, exits)
         self.progress.start("cut", None)
         segments = write_segments(folder, decoding)
         facts = ModelFacts(
@@ -137,12 +149,52 @@ class _Job:
             fingerprint=self.checkpoint.fingerprint,
         )
         producer = Producer(__version__, self.checkpoint.name, " ".join(["mirror", *sys.argv[1:]]))
-        manifest = Manifest(SCHEMA_VERSION, producer, facts, decoding, tokens, draft, segments, self._files(folder))
+        files, settings = self._files(folder), self._settings(draft)
+        manifest = Manifest(SCHEMA_VERSION, producer, facts, decoding, tokens, draft, segments, files, settings)
         write_manifest(folder, manifest)
         self.progress.start("self-check", None)
         report = check(folder, manifest, self.checkpoint)
         report.raise_if_failed(allowed=self.options.allow_failed_check)
         return ExportReport(manifest, report)
+
+    def _exit_layer(self) -> int:
+        """Return where to cut: as asked, where the trained draft wants it, or halfway."""
+        fed = self.distilled.feature_layer if self.distilled is not None else None
+        trained = fed if fed is not None else self.defaults.exit_layer
+        asked = self.options.exit_layer or (str(trained) if trained is not None else "0.5")
+        layer = _exit_layer(asked, self.checkpoint.config.num_hidden_layers)
+        if fed is not None and layer != fed:
+            raise ExportError(
+                f"--exit-layer is {asked} and the draft is fed by the state after layer {fed}; leave it out, or "
+                "distill a draft without features"
+            )
+        return layer
+
+    def _vocabulary(self) -> Vocabulary | None:
+        """Return the tokens that the draft's and the exit's heads know, None for all."""
+        suggested = self.distilled.suggested_vocabulary if self.distilled is not None else None
+        count = suggested if self.options.draft_vocabulary is None else self.options.draft_vocabulary
+        if not count or count >= self.checkpoint.config.vocab_size:
+            return None
+        if self.distilled is None:
+            raise ExportError(
+                f"--draft-vocabulary is {count} and {self.options.draft} ranks no tokens; it needs a draft that "
+                "`mirror distill` made"
+            )
+        return Vocabulary(self.distilled.vocabulary(count))
+
+    def _settings(self, draft: DraftFacts | None) -> Settings:
+        """Return what the trained draft's measurements suggest, as far as it fits this bundle."""
+        defaults = self.defaults
+        fanout = defaults.fanout if len(defaults.fanout or ()) == self.options.gamma + 1 else None
+        if fanout is not None and max(fanout) > self.kappa:
+            fanout = None
+        streams = draft is not None and draft.streams > 0
+        return Settings(
+            candidates=defaults.candidates,
+            fanout=fanout,
+            tokens_per_pass=defaults.tokens_per_pass if streams else None,
+        )
 
     def _tokens(self, folder: Path, tokenizer: Path | None) -> Tokens:
         config = self.checkpoint.config
@@ -164,17 +216,24 @@ class _Job:
         if choice == DraftChoice():
             return None
         if choice.ngram:
-            return DraftFacts("ngram", "ngram", 0, target.config.vocab_size)
+            return _ngram(target)
         if self.distilled is not None and not self.distilled.has_draft:
-            return DraftFacts("ngram", "ngram", 0, target.config.vocab_size)
+            return _ngram(target)
         self.progress.start("trace draft", None)
         config, weights = self._draft_model(binder.source)
-        traced = trace(config, _TORCH_TYPES.get(self.precision, torch.float32))
+        traced = trace(config, _TORCH_TYPES.get(self.precision.float_type, torch.float32))
         names = take_layers(traced, choice.layers) if choice.layers else traced.parameters
-        self._save_source(
-            folder, "draft", traced, names, Binder(folder, weights, self.precision, binder.file, binder.linked)
-        )
-        return DraftFacts("model", str(self.options.draft), traced.layers, config.vocab_size)
+        model, binder = self._bound("draft", traced, names, binder.of(weights))
+        streams, fed = 0, None
+        if self.distilled is not None:
+            streams, fed = self.distilled.add_draft_inputs(model.graph, binder)
+        ir.save(model, folder / "draft.source.onnx")
+        known = config.vocab_size if self.vocabulary is None else len(self.vocabulary.ids)
+        return DraftFacts("model", self._draft_name(), traced.layers, config.vocab_size, known, streams, fed)
+
+    def _draft_name(self) -> str:
+        # A folder's name, not its place: bundles travel.
+        return Path(self.distilled.folder).name if self.distilled is not None else str(self.options.draft)
 
     def _draft_model(self, target: WeightSource) -> tuple[PretrainedConfig, WeightSource]:
         """Return the config and the tensors of a draft that is a model."""
@@ -184,18 +243,31 @@ class _Job:
             return self.draft_checkpoint.config, self.draft_checkpoint.weights
         return with_layers(self.checkpoint.config, self.draft.layers), target
 
-    def _save_source(
-        self, folder: Path, name: str, traced: Traced, aliases: Mapping[str, Aliases], binder: Binder
-    ) -> tuple[int, ...]:
-        """Normalise, bind and write a traced graph; return the exit layers that got a trained head."""
+    def _save_target(self, folder: Path, traced: Traced, binder: Binder) -> tuple[int, ...]:
+        """Write the target's source graph; return the exit layers that got a trained head."""
+        model, binder = self._bound("target", traced, traced.parameters, binder)
+        exits: tuple[int, ...] = ()
+        if self.distilled is not None:
+            exits = self.distilled.add_exit_heads(model.graph, binder)
+        ir.save(model, folder / "target.source.onnx")
+        return exits
+
+    def _bound(
+        self, name: str, traced: Traced, aliases: Mapping[str, Aliases], binder: Binder
+    ) -> tuple[ir.Model, Binder]:
+        """Return a traced graph, normalised and with its weights, and the binder that gave them."""
         model = normalize(traced, _positions(self.checkpoint, self.max_length))
         self.progress.start(f"weights of the {name}", None)
+        if self.vocabulary is not None:
+            added = self.vocabulary.add_logits(model.graph, aliases)
+            binder = binder.of(TrimmedSource(binder.source, self.vocabulary.ids, added))
+            aliases = {**aliases, **{new: (new,) for new in added}}
+            if name == "draft":
+                only_trimmed(model.graph)
+                ir_passes.RemoveUnusedNodesPass()(model)
+            self.vocabulary.add_ids(model.graph)
         binder.bind(model.graph, aliases)
-        exits: tuple[int, ...] = ()
-        if name == "target" and self.distilled is not None:
-            exits = self.distilled.add_exit_heads(model.graph, binder)
-        ir.save(model, folder / f"{name}.source.onnx")
-        return exits
+        return model, binder
 
     def _files(self, folder: Path) -> dict[str, FileFacts]:
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -206,6 +278,11 @@ class _Job:
             files[path.relative_to(folder).as_posix()] = FileFacts(size, file_sha256(path))
             self.progress.advance(size)
         return files
+
+
+def _ngram(target: Checkpoint) -> DraftFacts:
+    vocab = int(target.config.vocab_size)
+    return DraftFacts("ngram", "ngram", 0, vocab, vocab)
 
 
 def _positions(checkpoint: Checkpoint, max_length: int) -> int:
@@ -246,7 +323,7 @@ def _check_room(checkpoint: Checkpoint, precision: Precision, output: Path) -> N
     """Refuse when the converted weights can't fit on the disk."""
     paths = [checkpoint.path] if checkpoint.is_gguf else list(checkpoint.path.glob("*.safetensors"))
     stored = sum(path.stat().st_size for path in paths)
-    growth = {Precision.FP32: 2.0, Precision.INT8: 0.6, Precision.INT4: 0.35}.get(precision, 0.0)
+    growth = {Precision.FP32: 2.0, 8: 0.6, 4: 0.35}.get(precision.bits or precision, 0.0)
     needed = int(stored * (8 if checkpoint.is_gguf and precision is Precision.FP32 else growth))
     free = shutil.disk_usage(output.absolute().parent).free
     if needed > free:

@@ -11,10 +11,13 @@ import onnx_ir.convenience as ir_convenience
 
 from mirror.bundle import Form, LayerKV
 from mirror.export.distilled import ADAPTER_TENSORS, EPSILON_KEY, adapter_name
+from mirror.export.draft_inputs import extend_embedding
 from mirror.export.emit import Emitter
 from mirror.export.graphs import dimension, is_op
 from mirror.export.lower import Lowering, finish
+from mirror.export.top_k import first_greatest, greatest
 from mirror.export.trace import DOMAIN
+from mirror.export.vocabulary import IDS, TRIMMED_LOGITS
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,14 @@ def cut_target(source: ir.Model, exit_layer: int, kappa: int) -> Iterator[Piece]
         suffix = _from_hidden(source, exit_layer - 1)
         _keep_rows(suffix, last)
         yield _piece("target_suffix", form, suffix, "logits", _as_float)
-        head = _from_hidden(source, last)
+        head = _from_hidden(source, last, TRIMMED_LOGITS if IDS in source.graph.initializers else "logits")
         _trained_head(source, head, exit_layer)
-        yield _piece("exit_head", form, head, None, lambda emit, logits: _candidates(emit, logits, kappa + 1))
+        ids = _vocabulary(source, head)
+
+        def end(emit: Emitter, logits: ir.Value, ids: ir.Value | None = ids, form: Form = form) -> list[ir.Value]:
+            return _candidates(emit, logits, kappa + 1, ids, "width", form)
+
+        yield _piece("exit_head", form, head, None, end)
 
 
 def whole_target(source: ir.Model, exit_layer: int) -> ir.Model:
@@ -65,11 +73,16 @@ def cut_draft(source: ir.Model, kappa: int) -> Iterator[Piece]:
     for form in Form:
         for segment, top in (("draft_trunk", kappa + 1), ("draft", 0)):
             graph = _extract(source, ["input_ids", "position_ids"], "logits")
+            extend_embedding(source.graph, graph, float(source.graph.metadata_props.get(EPSILON_KEY, "1e-5")))
+            _keep_rows(graph, max(_layer_outputs(source.graph)))
+            ids = _vocabulary(source, graph)
 
-            def end(emit: Emitter, logits: ir.Value, top: int = top, form: Form = form) -> list[ir.Value]:
+            def end(
+                emit: Emitter, logits: ir.Value, top: int = top, form: Form = form, ids: ir.Value | None = ids
+            ) -> list[ir.Value]:
                 if not top:
-                    return [_token_ids(emit, logits, form)]
-                candidates = _candidates(emit, logits, top)
+                    return [_token_ids(emit, logits, form, ids)]
+                candidates = _candidates(emit, logits, top, ids, "rows", form)
                 return [_first_candidate(emit, candidates[0]), *candidates]
 
             yield _piece(segment, form, graph, None, end, branches=True)
@@ -125,10 +138,10 @@ def _extract(source: ir.Model, inputs: list[str], output: str) -> ir.Graph:
     return graph
 
 
-def _from_hidden(source: ir.Model, layer: int) -> ir.Graph:
+def _from_hidden(source: ir.Model, layer: int, output: str = "logits") -> ir.Graph:
     """Return the part of the graph after a layer; its first input is `hidden_states`."""
     boundary = _layer_outputs(source.graph)[layer]
-    graph = _extract(source, [boundary, "input_ids", "position_ids"], "logits")
+    graph = _extract(source, [boundary, "input_ids", "position_ids"], output)
     graph.inputs[0].name = "hidden_states"
     return graph
 
@@ -210,40 +223,74 @@ def _named(value: ir.Value, name: str, like: ir.Value) -> ir.Value:
     return value
 
 
-def _candidates(emit: Emitter, logits: ir.Value, top: int) -> list[ir.Value]:
-    """Return `candidate_ids` and `candidate_logprobs`, `[1, width, top]`."""
-    assert logits.shape is not None
+def _vocabulary(source: ir.Model, graph: ir.Graph) -> ir.Value | None:
+    """Return the token ids that a trimmed head's outputs stand for, None where the head knows all tokens."""
+    return _copied(source, graph, IDS) if IDS in source.graph.initializers else None
+
+
+def _candidates(
+    emit: Emitter, logits: ir.Value, top: int, vocabulary: ir.Value | None, count: str, form: Form
+) -> list[ir.Value]:
+    """Return `candidate_ids` and `candidate_logprobs`, `[1, count, top]`."""
+    size = dimension(logits, 2)
+    top = min(top, size)
     if logits.dtype is not ir.DataType.FLOAT:
         logits = emit.cast(logits, ir.DataType.FLOAT)
-    values, ids = emit.ops("TopK", [logits, emit.int64s(top)], {"axis": -1, "sorted": 1}, count=2)
-    total = emit.op("ReduceLogSumExp", [logits, emit.int64s(-1)], {"keepdims": 1})
-    logprobs = emit.op("Sub", [values, total])
-    shape = ir.Shape([1, ir.SymbolicDim("width"), top])
+    if form is Form.INPLACE:
+        _, ids = greatest(emit, logits, size, top)
+        logprobs = emit.op("GatherElements", [emit.op("LogSoftmax", [logits], {"axis": -1}), ids], {"axis": -1})
+    else:
+        values, ids = emit.ops("TopK", [logits, emit.int64s(top)], {"axis": -1, "sorted": 1}, count=2)
+        total = emit.op("ReduceLogSumExp", [logits, emit.int64s(-1)], {"keepdims": 1})
+        logprobs = emit.op("Sub", [values, total])
+    if vocabulary is not None:
+        ids = _tokens_at(emit, vocabulary, ids, form)
+    shape = ir.Shape([1, ir.SymbolicDim(count), top])
     ids.name, ids.type, ids.shape = "candidate_ids", ir.TensorType(ir.DataType.INT64), shape
     logprobs.name, logprobs.type, logprobs.shape = "candidate_logprobs", ir.TensorType(ir.DataType.FLOAT), shape
     return [ids, logprobs]
 
 
-def _token_ids(emit: Emitter, logits: ir.Value, form: Form) -> ir.Value:
-    """Return the likeliest token of each row, the lowest id on ties."""
+def _token_ids(emit: Emitter, logits: ir.Value, form: Form, vocabulary: ir.Value | None) -> ir.Value:
+    """Return the likeliest token of each row, the first on ties."""
+    first = _first_place(emit, logits, form)
+    if vocabulary is not None:
+        first = _tokens_at(emit, vocabulary, first, form)
+    return _as_token_ids(first)
+
+
+def _tokens_at(emit: Emitter, vocabulary: ir.Value, places: ir.Value, form: Form) -> ir.Value:
+    """Return the tokens that places of a trimmed head stand for, int64 of the places' shape."""
     if form is Form.INPLACE:
-        return _as_token_ids(emit.op("ArgMax", [logits], {"axis": -1, "keepdims": 0}))
+        return emit.op("Gather", [vocabulary, places], {"axis": 0})
+    # Hexagon's compiler has no Gather of int64.
+    narrow = emit.op("Gather", [emit.cast(vocabulary, ir.DataType.INT32), places], {"axis": 0})
+    return emit.cast(narrow, ir.DataType.INT64)
+
+
+def _first_place(emit: Emitter, logits: ir.Value, form: Form) -> ir.Value:
+    """Return the place of each row's greatest logit, int64 `[1, rows]`."""
+    if form is Form.INPLACE:
+        wide = logits if logits.dtype is ir.DataType.FLOAT else emit.cast(logits, ir.DataType.FLOAT)
+        return first_greatest(emit, wide, dimension(logits, 2))
     # OpenVINO's CPU device makes a slow full TopK of an ArgMax; this form costs as much as the logits alone.
     vocab = dimension(logits, 2)
     top = emit.op("ReduceMax", [logits, emit.int64s(-1)], {"keepdims": 1})
     ids = emit.constant("vocabulary_ids", np.arange(vocab, dtype=np.int32))
     found = emit.op("Where", [emit.op("GreaterOrEqual", [logits, top]), ids, emit.int32(vocab - 1)])
     first = emit.op("ReduceMin", [found, emit.int64s(-1)], {"keepdims": 0})
-    return _as_token_ids(emit.cast(first, ir.DataType.INT64))
+    return emit.cast(first, ir.DataType.INT64)
 
 
 def _first_candidate(emit: Emitter, candidate_ids: ir.Value) -> ir.Value:
-    return _as_token_ids(emit.op("Gather", [candidate_ids, emit.constant("first", np.array(0, np.int64))], {"axis": 2}))
+    last = emit.int64s(2)
+    first = emit.op("Slice", [candidate_ids, emit.int64s(0), emit.int64s(1), last])
+    return _as_token_ids(emit.op("Squeeze", [first, last]))
 
 
 def _as_token_ids(ids: ir.Value) -> ir.Value:
     ids.name, ids.type = "token_ids", ir.TensorType(ir.DataType.INT64)
-    ids.shape = ir.Shape([1, ir.SymbolicDim("width")])
+    ids.shape = ir.Shape([1, ir.SymbolicDim("rows")])
     return ids
 
 

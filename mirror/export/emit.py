@@ -22,6 +22,7 @@ _INPUT_TYPES: Mapping[str, tuple[ir.DataType, tuple[int | str, ...]]] = {
     "row_visible": (ir.DataType.INT32, ("width",)),
     "row_branch": (ir.DataType.INT32, ("width",)),
     "slot_branch": (ir.DataType.INT32, ("capacity",)),
+    "feature_rows": (ir.DataType.FLOAT, ("width",)),
 }
 
 

@@ -19,6 +19,7 @@ from mirror.bundle import (
     LayerKV,
     Manifest,
     Segment,
+    Settings,
     TensorSpec,
     check_files,
     file_sha256,
@@ -60,7 +61,8 @@ def recut_bundle(
         for path in sorted(folder.glob("*.onnx")):
             if _is_segment(path.name):
                 files[path.name] = FileFacts(path.stat().st_size, file_sha256(path))
-        renewed = dataclasses.replace(manifest, decoding=decoding, segments=segments, files=files)
+        settings = _settings(manifest, decoding)
+        renewed = dataclasses.replace(manifest, decoding=decoding, segments=segments, files=files, settings=settings)
         write_manifest(folder, renewed)
         _replace_folder(folder, place)
     finally:
@@ -113,7 +115,21 @@ def _decoding(manifest: Manifest, exit_layer: str | None, gamma: int | None, kap
         layer = old.exit_layer if exit_layer is None else exit_layer_of(exit_layer, manifest.model.layers)
     except ValueError as error:
         raise ExportError(f"--exit-layer: {error}") from error
+    fed = manifest.draft.feature_layer if manifest.draft is not None else None
+    if fed is not None and layer != fed:
+        raise ExportError(
+            f"--exit-layer is {layer} and the bundle's draft is fed by the state after layer {fed}; "
+            "keep that layer, or export with another draft"
+        )
     return dataclasses.replace(old, exit_layer=layer, gamma=gamma or old.gamma, kappa=kappa or old.kappa)
+
+
+def _settings(manifest: Manifest, decoding: Decoding) -> Settings:
+    """Return the settings as far as they fit the new cut."""
+    old = manifest.settings
+    fits = old.fanout is not None and len(old.fanout) == decoding.gamma + 1 and max(old.fanout) <= decoding.kappa
+    gamma = None if old.gamma is not None and old.gamma > decoding.gamma else old.gamma
+    return dataclasses.replace(old, gamma=gamma, fanout=old.fanout if fits else None)
 
 
 def _is_segment(name: str) -> bool:

@@ -98,11 +98,6 @@ class SafetensorsSource:
             tensors.update(_header(path))
         return SafetensorsSource(tensors, prefix, scope)
 
-    @staticmethod
-    def of_file(path: Path) -> SafetensorsSource:
-        """Read the header of one file."""
-        return SafetensorsSource(_header(path), "")
-
     def find(self, names: tuple[str, ...]) -> Found | None:
         """Return a reference to the tensor's bytes."""
         for name in sorted(names):

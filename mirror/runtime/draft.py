@@ -5,21 +5,30 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
-from mirror.runtime.records import Candidates, Ints, Outcome, Proposal, Rollout
+from mirror.runtime.records import Candidates, Floats, Ints, Outcome, Proposal, Rollout
+from mirror.runtime.sampling import CoupledNoise
 
 
 class Meeting:
     """Where the target's thread and the draft's thread meet in one round.
 
-    The target's thread offers the exit's candidates and decides the outcome; the draft's thread
-    waits for the former and, between two passes, looks for the latter. Each is set once.
+    The target's thread offers the exit's states and candidates and decides the outcome; the draft's
+    thread waits for the former, if it wants them, and, between two passes, looks for the latter. Each
+    is set once.
     """
 
     def __init__(self) -> None:
+        self._stated = threading.Event()
+        self._states: Floats | None = None
         self._offered = threading.Event()
         self._candidates: Candidates | None = None
         self._outcome: Outcome | None = None
         self._abandoned = False
+
+    def state(self, states: Floats) -> None:
+        """Hand over the exit layer's states of the window's rows, `[rows, hidden]`, for the draft to keep."""
+        self._states = states
+        self._stated.set()
 
     def offer(self, candidates: Candidates) -> None:
         """Hand over the exit's candidates; the arrays stay valid until the round is over."""
@@ -33,7 +42,13 @@ class Meeting:
     def abandon(self) -> None:
         """Tell that nobody wants the rollout any more."""
         self._abandoned = True
+        self._stated.set()
         self._offered.set()
+
+    def wait_states(self) -> Floats | None:
+        """Wait for the exit layer's states; None if the round was abandoned."""
+        self._stated.wait()
+        return self._states
 
     def wait_candidates(self) -> Candidates | None:
         """Wait for the exit's candidates; None if the round was abandoned."""
@@ -62,19 +77,28 @@ class Draft(Protocol):
         """Forget everything read past the first `length` tokens: the context has changed there."""
         ...
 
+    def see_states(self, start: int, states: Floats) -> None:
+        """Take the exit layer's states `[n, hidden]` of the tokens at positions `start..`."""
+        ...
+
     def read(self, tokens: Ints) -> None:
         """Read a context ahead of time, as during the target's prefill."""
         ...
 
-    def propose(self, tokens: Ints, count: int) -> Proposal:
-        """Return at most `count` tokens to follow the context."""
+    def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal:
+        """Return at most `count` tokens to follow the context.
+
+        Args:
+            noise: what the target's own draws will be made with; None where it takes the likeliest.
+        """
         ...
 
-    def roll_out(self, tokens: Ints, window: Ints, depth: int, meeting: Meeting) -> Rollout:
+    def roll_out(self, tokens: Ints, window: Ints, depth: int, meeting: Meeting, noise: CoupledNoise | None) -> Rollout:
         """Continue every likely outcome of a window by `depth` tokens.
 
         Args:
             window: x_0..x_gamma, int64; `tokens` ends in x_0.
             meeting: this round's.
+            noise: as in `propose`.
         """
         ...

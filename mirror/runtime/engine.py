@@ -21,18 +21,19 @@ from mirror.bundle import Manifest, check_files, read_manifest
 from mirror.errors import BusyError, RequestError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.generation import Generation
-from mirror.runtime.loading import Plan, load_draft, load_target, make_plan, round_shape
+from mirror.runtime.loading import Placement, Plan, load_draft, load_target, make_plan, memory_needs, round_shape
+from mirror.runtime.memory import check_room
 from mirror.runtime.options import EngineOptions, GenerationOptions
 from mirror.runtime.records import Event, FinishReason, Ints, Lane, Mode
 from mirror.runtime.result import Answer, Result, Stream, Streamer
-from mirror.runtime.sampling import Sampler, SamplingParams
+from mirror.runtime.sampling import Sampler, SamplingParams, coupled
 from mirror.runtime.sequence import Sequence
 from mirror.runtime.statistics import PromptFacts, summarise
 from mirror.runtime.stopping import Stopping
 from mirror.runtime.target import Target
 from mirror.runtime.text import TextCodec, TextStream
 from mirror.runtime.worker import DraftSeat
-from mirror.targets.base import Device
+from mirror.targets.base import Device, FreeMemory
 
 __all__ = ["Conversation", "Engine", "Result", "Stream", "load"]
 
@@ -43,19 +44,36 @@ class Engine:
     """A loaded bundle. Answers one prompt at a time; use as a context manager, or call `close`."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, options: EngineOptions, target_device: Device, draft_device: Device
+        self,
+        folder: Path,
+        manifest: Manifest,
+        options: EngineOptions,
+        target_device: Device,
+        draft_device: Device,
+        *,
+        suffix_device: Device | None = None,
+        free_memory: Callable[[str], FreeMemory] | None = None,
     ) -> None:
-        """Load a bundle on two devices; most callers want `mirror.load`."""
+        """Load a bundle on its devices; most callers want `mirror.load`.
+
+        Args:
+            suffix_device: where the target's suffix runs; None means on the target's device.
+            free_memory: tells what a device has left, to refuse what won't fit; None asks nobody.
+        """
         self.manifest = manifest
+        places = Placement(target_device, suffix_device or target_device, draft_device)
+        targets = list(dict.fromkeys((places.target.name, places.suffix.name)))
         self.plan: Plan = make_plan(
-            manifest, options, shared_cpu=_on_cpu(target_device.name) and _on_cpu(draft_device.name)
+            manifest, options, shared_cpu=any(map(_on_cpu, targets)) and _on_cpu(draft_device.name)
         )
+        if free_memory is not None:
+            check_room(memory_needs(folder, manifest, places, self.plan), free_memory)
         self._folder = folder
         self._codec: TextCodec | None = None
-        self._devices = {Lane.TARGET: target_device.name, Lane.DRAFT: draft_device.name}
-        self._target: Target | None = load_target(folder, manifest, target_device, self.plan)
+        self._devices = {Lane.TARGET: " and ".join(targets), Lane.DRAFT: draft_device.name}
+        self._target: Target | None = load_target(folder, manifest, places.target, self.plan, places.suffix)
         self._seat: DraftSeat | None = None
-        if options.mode is not Mode.PLAIN:
+        if self.plan.mode is not Mode.PLAIN:
             draft = load_draft(folder, manifest, draft_device, self.plan)
             self._seat = DraftSeat(draft, options.draft_timeout_s)
         self._sequence = Sequence(self.plan.max_length)
@@ -316,7 +334,7 @@ class Engine:
     def _generation(self, prompt: Ints, options: GenerationOptions, answer: Answer) -> Generation:
         if self._target is None:
             raise RequestError("this engine is closed; load the bundle again")
-        mode = options.mode or self.plan.options.mode
+        mode = options.mode or self.plan.mode
         if mode is not Mode.PLAIN and self._seat is None:
             raise RequestError(
                 f"mode {mode.value} needs the draft, and the bundle was loaded in mode plain, without it; "
@@ -337,6 +355,7 @@ class Engine:
             mode=mode,
             shape=round_shape(self.manifest, self.plan, options.num_assistant_tokens),
             cancelled=self._cancel.is_set,
+            noise=coupled(options.sampling),
         )
         generation.events.extend(events)
         return generation
@@ -401,15 +420,17 @@ class Conversation:
 def load(
     bundle: str | Path,
     *,
-    mode: str | Mode = "mirror",
-    target_device: str = "cpu",
-    draft_device: str = "cpu",
+    mode: str | Mode | None = None,
+    target_device: str | None = None,
+    suffix_device: str | None = None,
+    draft_device: str | None = None,
     threads: int | None = None,
     max_length: int | None = None,
     gamma: int | None = None,
     kappa: int | None = None,
     fanout: ListLike[int] | None = None,
-    candidates: str | CandidateSource = "both",
+    tokens_per_pass: ListLike[int] | None = None,
+    candidates: str | CandidateSource | None = None,
     pinned: bool = False,
     draft_timeout_s: float = 30.0,
     max_ngram_size: int = 3,
@@ -419,15 +440,22 @@ def load(
 
     Args:
         bundle: its folder.
-        mode: `plain`, `serial` or `mirror`. In `plain` the draft isn't loaded.
-        target_device: where the target runs: `cpu`, `cuda:0`, `openvino:GPU`...
-        draft_device: where the draft runs.
+        mode: `plain`, `serial` or `mirror`; None takes the bundle's setting, else mirror. In `plain` the draft
+            isn't loaded.
+        target_device: where the target runs: `cpu`, `cuda:0`, `openvino:GPU`...; None takes the bundle's
+            setting, else `cpu`.
+        suffix_device: where the target's layers past the exit run, if not there; None takes the bundle's setting
+            where that for the target holds too, else the target's device.
+        draft_device: where the draft runs; None takes the bundle's setting, else `cpu`.
         threads: CPU threads in all; None takes one per physical core.
         max_length: tokens a context may have; None takes the bundle's.
         gamma: draft tokens of a window; None takes the bundle's.
         kappa: branches that leave after each window position; None takes the bundle's.
         fanout: the same per position, gamma + 1 counts; overrides kappa.
-        candidates: where the branches' first tokens come from: `exit`, `draft` or `both`.
+        tokens_per_pass: tokens that each of a rollout's passes gives a branch, at most 1 + the draft's streams;
+            the last number repeats. None takes the bundle's setting, else 1.
+        candidates: where the branches' first tokens come from: `exit`, `draft` or `both`; None takes the bundle's
+            setting, else both.
         pinned: run every target pass after prefill at width gamma + 1, plain ones too, so that the
             text is the same in every mode at any precision.
         draft_timeout_s: how long to wait for the draft before going on without it.
@@ -436,17 +464,18 @@ def load(
 
     Raises:
         BundleError: a file is missing, truncated or edited.
-        DeviceError: a device isn't there or can't take a segment.
+        DeviceError: a device isn't there, can't take a segment, or has too little memory.
         RequestError: arguments that contradict themselves or the bundle.
     """
     options = EngineOptions(
-        mode=_mode(mode) or Mode.MIRROR,
+        mode=_mode(mode),
         threads=threads,
         max_length=max_length,
         gamma=gamma,
         kappa=kappa,
         fanout=None if fanout is None else tuple(fanout),
-        candidates=_source(candidates),
+        tokens_per_pass=None if tokens_per_pass is None else tuple(tokens_per_pass),
+        candidates=None if candidates is None else _source(candidates),
         pinned=pinned,
         draft_timeout_s=draft_timeout_s,
         max_ngram_size=max_ngram_size,
@@ -455,9 +484,22 @@ def load(
     manifest = read_manifest(folder)
     check_files(folder, manifest, hashes=verify_hashes)
     # Here, so that whoever brings their own devices needs none of the others' libraries.
-    from mirror.targets import open_device
+    from mirror.targets import free_memory, open_device
 
-    return Engine(folder, manifest, options, open_device(target_device), open_device(draft_device))
+    settings = manifest.settings
+    # Settings hold together: a suffix was placed beside the target's device of the same settings.
+    tuned = settings.suffix_device if target_device in (None, settings.target_device) else None
+    target = open_device(target_device or settings.target_device or "cpu")
+    suffix = suffix_device or tuned
+    return Engine(
+        folder,
+        manifest,
+        options,
+        target,
+        open_device(draft_device or settings.draft_device or "cpu", background=True),
+        suffix_device=None if suffix is None else open_device(suffix),
+        free_memory=free_memory,
+    )
 
 
 def _on_cpu(device_name: str) -> bool:

@@ -58,8 +58,8 @@ class PassFeeds:
         self._branch[:] = TRUNK_ROW
         self._fill_cursor(past_length)
 
-    def fill_branches(self, tokens: Ints, positions: Ints, visible: Ints, branches: Ints, past_length: int) -> None:
-        """Fill for one row per branch, each `[n]`, n <= width, appended after `past_length` slots.
+    def fill_rows(self, tokens: Ints, positions: Ints, visible: Ints, branches: Ints, past_length: int) -> None:
+        """Fill for rows of any branches, each `[n]`, n <= width, appended after `past_length` slots.
 
         Padding rows carry no branch and see the trunk of row 0, so no row sees them.
         """

@@ -29,7 +29,7 @@ from mirror.runtime.records import (
     Round,
     Span,
 )
-from mirror.runtime.sampling import Sampler
+from mirror.runtime.sampling import CoupledNoise, Sampler
 from mirror.runtime.sequence import Sequence
 from mirror.runtime.spans import SpanLog
 from mirror.runtime.stopping import Stopping
@@ -45,11 +45,13 @@ class RoundShape:
         gamma: the most draft tokens of a window.
         prefill_chunk: the most rows of a prefill pass.
         wants_exit: whether the rollout waits for the exit's candidates.
+        wants_states: whether the draft is fed by the exit layer's states.
     """
 
     gamma: int
     prefill_chunk: int
     wants_exit: bool
+    wants_states: bool = False
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Generation:
         mode: Mode,
         shape: RoundShape,
         cancelled: Callable[[], bool],
+        noise: CoupledNoise | None = None,
     ) -> None:
         self._target = target
         self._seat = seat
@@ -91,6 +94,8 @@ class Generation:
         self._mode = mode
         self._shape = shape
         self._cancelled = cancelled
+        self._noise = noise
+        self._unseen: list[tuple[int, Floats]] = []
         self._log = SpanLog(Lane.TARGET)
         self._draft_spans: list[Span] = []
         self._prepared: tuple[int, ...] | None = None
@@ -136,12 +141,14 @@ class Generation:
         """Let the draft read the prompt, at the same time as the target where they overlap."""
         if self._seat is None:
             return
-        tokens, kept, mode = self._sequence.tokens.copy(), self._sequence.cached, self._mode
+        tokens, kept = self._sequence.tokens.copy(), self._sequence.cached
+        # One that is fed by the target's states reads when they are there.
+        reads = self._mode is not Mode.PLAIN and not self._shape.wants_states
 
         def read(draft: Draft) -> None:
             # In plain mode too: the context changes, and a later answer may go on from it.
             draft.keep(kept)
-            if mode is not Mode.PLAIN:
+            if reads:
                 draft.read(tokens)
 
         self._reading = self._seat.start(read)
@@ -164,6 +171,7 @@ class Generation:
             waiting = sequence.tokens[sequence.cached :]
             with self._log.span("prefill"):
                 rows, logits = self._target.prefill(waiting, sequence.cached, self._shape.prefill_chunk)
+            self._note_states(sequence.cached)
             sequence.cached += rows
             self.prefill_passes += 1
         self.prefill_spans = self._log.take()
@@ -192,8 +200,13 @@ class Generation:
         self._wait_reading()
         if self._mode is Mode.PLAIN or self._seat is None:
             return ()
-        tokens = self._sequence.tokens
-        job: Job[Proposal] = self._seat.start(lambda draft: draft.propose(tokens, count))
+        tokens, states = self._sequence.tokens, self._take_states()
+
+        def propose(draft: Draft) -> Proposal:
+            _deliver(draft, states)
+            return draft.propose(tokens, count, self._noise)
+
+        job: Job[Proposal] = self._seat.start(propose)
         try:
             with self._log.span("redraft"):
                 proposal = self._seat.finish(job)
@@ -209,8 +222,13 @@ class Generation:
         depth = min(self._shape.gamma, self._room - 2)
         if self._mode is not Mode.MIRROR or self._seat is None or depth < 1:
             return None
-        tokens, meeting = self._sequence.tokens, Meeting()
-        return _Overlap(meeting, self._seat.start(lambda draft: draft.roll_out(tokens, window, depth, meeting)))
+        tokens, meeting, states = self._sequence.tokens, Meeting(), self._take_states()
+
+        def roll_out(draft: Draft) -> Rollout:
+            _deliver(draft, states)
+            return draft.roll_out(tokens, window, depth, meeting, self._noise)
+
+        return _Overlap(meeting, self._seat.start(roll_out))
 
     def _verify(self, window: Ints, overlap: _Overlap | None) -> Outcome:
         """Run the target over the window and compare."""
@@ -230,12 +248,25 @@ class Generation:
     def _run_target(self, window: Ints, overlap: _Overlap | None) -> Floats:
         """Return the window's logits, float32 [width, vocab]; offer the exit's candidates on the way."""
         state = self._run_prefix(window)
+        if self._note_states(len(self._sequence) - 1) and overlap is not None:
+            overlap.meeting.state(self._unseen[-1][1])
         if overlap is not None and self._shape.wants_exit:
             with self._log.span("exit_head"):
                 candidates = self._target.run_exit_head(state)
             overlap.meeting.offer(candidates)
         with self._log.span("suffix"):
             return self._target.run_suffix(state)
+
+    def _note_states(self, start: int) -> bool:
+        """Keep the last prefix pass's states for a draft that is fed by them; return whether it is."""
+        if self._seat is None or not self._shape.wants_states:
+            return False
+        self._unseen.append((start, self._target.exit_states()))
+        return True
+
+    def _take_states(self) -> list[tuple[int, Floats]]:
+        states, self._unseen = self._unseen, []
+        return states
 
     def _run_prefix(self, window: Ints) -> ExitState:
         with self._log.span("prefix"):
@@ -298,6 +329,13 @@ class Generation:
         """Wait until the draft's thread is idle, so that the next generation finds it so."""
         if self._seat is not None and self._seat.lost is None:
             try:
-                self._seat.finish(self._seat.start(lambda draft: None))
+                states = self._take_states()
+                self._seat.finish(self._seat.start(lambda draft: _deliver(draft, states)))
             except DraftError as error:
                 self._lose_draft(error)
+
+
+def _deliver(draft: Draft, states: list[tuple[int, Floats]]) -> None:
+    """Give a draft, on its own thread, the exit states that it has not seen yet."""
+    for start, values in states:
+        draft.see_states(start, values)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mirror.bundle import Decoding, Manifest, Segment
+from mirror.bundle import DraftFacts, Manifest, Segment
 from mirror.errors import BundleError, RequestError
+from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft
+from mirror.runtime.features import FeatureStore
 from mirror.runtime.generation import RoundShape
-from mirror.runtime.model_draft import DraftSegments, DraftShape, ModelDraft, rollout_capacity
+from mirror.runtime.lookahead import branch_passes, rollout_capacity
+from mirror.runtime.memory import SegmentMemory, segment_memory
+from mirror.runtime.model_draft import DraftSegments, DraftShape, ModelDraft
 from mirror.runtime.ngram_draft import NgramDraft
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Ints, Mode
 from mirror.runtime.target import Target, TargetSegments
 from mirror.runtime.threads import physical_cores, split_threads
-from mirror.targets.base import Device
+from mirror.targets.base import Device, PassShape
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,16 @@ class Plan:
 
     Attributes:
         fanout: int64 [gamma + 1], branches that may leave after each window position.
+        tokens_per_pass: tokens that each of a rollout's passes gives a branch.
         target_threads, draft_threads: CPU threads of each.
     """
 
+    mode: Mode
+    source: CandidateSource
     max_length: int
     gamma: int
     fanout: Ints
+    tokens_per_pass: tuple[int, ...]
     target_threads: int
     draft_threads: int
     options: EngineOptions
@@ -53,19 +62,22 @@ def make_plan(manifest: Manifest, options: EngineOptions, *, shared_cpu: bool) -
     Raises:
         RequestError: a size that the bundle can't serve, or a mode that needs a draft it lacks.
     """
-    decoding = manifest.decoding
-    if options.mode is not Mode.PLAIN and manifest.draft is None:
+    decoding, settings = manifest.decoding, manifest.settings
+    mode = options.mode or Mode(settings.mode or Mode.MIRROR)
+    if mode is not Mode.PLAIN and manifest.draft is None:
         raise RequestError(
-            f"mode {options.mode.value} needs a draft and this bundle has none; "
-            "use mode plain, or export it with --draft"
+            f"mode {mode.value} needs a draft and this bundle has none; use mode plain, or export it with --draft"
         )
-    gamma = options.gamma or decoding.gamma
+    gamma = options.gamma or settings.gamma or decoding.gamma
     total = options.threads or physical_cores()
-    target_threads, draft_threads = split_threads(total, options.mode, shared=shared_cpu)
+    target_threads, draft_threads = split_threads(total, mode, shared=shared_cpu)
     return Plan(
+        mode=mode,
+        source=options.candidates or CandidateSource(settings.candidates or CandidateSource.BOTH),
         max_length=_max_length(manifest, options),
         gamma=gamma,
-        fanout=_fanout(decoding, options, gamma),
+        fanout=_fanout(manifest, options, gamma),
+        tokens_per_pass=_tokens_per_pass(manifest, options),
         target_threads=target_threads,
         draft_threads=draft_threads,
         options=options,
@@ -82,9 +94,12 @@ def _max_length(manifest: Manifest, options: EngineOptions) -> int:
     return length
 
 
-def _fanout(decoding: Decoding, options: EngineOptions, gamma: int) -> Ints:
-    kappa = options.kappa or decoding.kappa
-    fanout = options.fanout or (kappa,) * (gamma + 1)
+def _fanout(manifest: Manifest, options: EngineOptions, gamma: int) -> Ints:
+    decoding, tuned = manifest.decoding, manifest.settings.fanout
+    fanout = options.fanout
+    if fanout is None and options.kappa is None and tuned is not None and len(tuned) == gamma + 1:
+        fanout = tuned
+    fanout = fanout or (options.kappa or decoding.kappa,) * (gamma + 1)
     if len(fanout) != gamma + 1:
         raise RequestError(f"fanout has {len(fanout)} counts; with gamma {gamma} it must have {gamma + 1}")
     if min(fanout) < 0 or max(fanout) < 1:
@@ -97,6 +112,16 @@ def _fanout(decoding: Decoding, options: EngineOptions, gamma: int) -> Ints:
     return np.array(fanout, np.int64)
 
 
+def _tokens_per_pass(manifest: Manifest, options: EngineOptions) -> tuple[int, ...]:
+    streams = manifest.draft.streams if manifest.draft is not None else 0
+    tokens = options.tokens_per_pass or manifest.settings.tokens_per_pass or (1,)
+    if min(tokens) < 1 or max(tokens) > 1 + streams:
+        raise RequestError(
+            f"tokens_per_pass is {tokens}; the draft has {streams} streams, so its counts must be 1 to {1 + streams}"
+        )
+    return tokens
+
+
 def round_shape(manifest: Manifest, plan: Plan, most: int | None = None) -> RoundShape:
     """Return what the round loop needs of a plan.
 
@@ -104,21 +129,62 @@ def round_shape(manifest: Manifest, plan: Plan, most: int | None = None) -> Roun
         most: draft tokens that this answer may have in a window; None takes gamma, which is the limit.
     """
     return RoundShape(
-        min(plan.gamma, most or plan.gamma), manifest.decoding.prefill_chunk, plan.options.candidates.needs_exit
+        gamma=min(plan.gamma, most or plan.gamma),
+        prefill_chunk=manifest.decoding.prefill_chunk,
+        wants_exit=plan.source.needs_exit,
+        wants_states=manifest.draft is not None and manifest.draft.feature_layer is not None,
     )
 
 
-def load_target(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> Target:
-    """Load the target's segments on a device and make its caches."""
+@dataclass(frozen=True)
+class Placement:
+    """The device of each part; prefix and exit head are `target`'s."""
+
+    target: Device
+    suffix: Device
+    draft: Device
+
+    @property
+    def segments(self) -> Mapping[str, Device]:
+        """The device of every segment, by the segment's name."""
+        target = {"target_prefix": self.target, "exit_head": self.target, "target_suffix": self.suffix}
+        return {**target, "draft_trunk": self.draft, "draft": self.draft}
+
+
+def memory_needs(
+    folder: Path, manifest: Manifest, placement: Placement, plan: Plan
+) -> Mapping[str, Sequence[SegmentMemory]]:
+    """Return what each device, by its name, is to hold: every segment's weights and cache."""
+    draft_capacity = rollout_capacity(plan.max_length, plan.gamma, plan.branches, plan.tokens_per_pass)
+    needs: dict[str, list[SegmentMemory]] = {}
+    for name, device in placement.segments.items():
+        segment, drafts = manifest.segments.get(name), device is placement.draft and name.startswith("draft")
+        if segment is None or (drafts and plan.mode is Mode.PLAIN):
+            continue
+        # The draft's two graphs share one cache.
+        capacity = 0 if name == "draft_trunk" else draft_capacity if drafts else plan.target_capacity
+        needs.setdefault(device.name, []).append(segment_memory(folder, segment, device.form, capacity))
+    return needs
+
+
+def load_target(
+    folder: Path, manifest: Manifest, device: Device, plan: Plan, suffix_device: Device | None = None
+) -> Target:
+    """Load the target's segments and make its caches: all on `device`, or the suffix on another."""
     capacity, threads = plan.target_capacity, plan.target_threads
-    widths = sorted({1, plan.gamma + 1, min(manifest.decoding.prefill_chunk, capacity)})
-    segments = [_segment(manifest, name) for name in ("target_prefix", "exit_head", "target_suffix")]
+    other = suffix_device or device
+    shapes = [PassShape(1), PassShape(plan.gamma + 1), PassShape(min(manifest.decoding.prefill_chunk, capacity), 1)]
+    names = ("target_prefix", "exit_head", "target_suffix")
+    segments = [(_segment(manifest, name), other if name == "target_suffix" else device) for name in names]
     prefix, exit_head, suffix = (
-        device.load_segment(folder, segment, capacity=capacity, widths=widths, threads=threads) for segment in segments
+        place.load_segment(folder, segment, capacity=capacity, shapes=shapes, threads=threads)
+        for segment, place in segments
     )
-    caches = [device.make_cache(segment.kv, capacity) for segment in (segments[0], segments[2])]
+    prefix_cache, suffix_cache = (
+        place.make_cache(segment.kv, capacity) for segment, place in (segments[0], segments[2])
+    )
     return Target(
-        TargetSegments(prefix, exit_head, suffix, *caches),
+        TargetSegments(prefix, exit_head, suffix, prefix_cache, suffix_cache, apart=other.name != device.name),
         capacity=capacity,
         max_positions=manifest.model.max_positions,
         pinned_width=plan.gamma + 1 if plan.options.pinned else None,
@@ -133,10 +199,10 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
     """
     facts = manifest.draft
     if facts is not None and facts.kind == "ngram":
-        return NgramDraft(plan.options.candidates, plan.fanout, plan.options.max_ngram_size)
+        return NgramDraft(plan.source, plan.fanout, plan.options.max_ngram_size)
     if facts is None or facts.kind != "model":
         raise BundleError(f"the bundle's draft is {facts}; this version runs drafts of kind model or ngram")
-    capacity = rollout_capacity(plan.max_length, plan.gamma, plan.branches)
+    capacity = rollout_capacity(plan.max_length, plan.gamma, plan.branches, plan.tokens_per_pass)
     trunk, branch = _segment(manifest, "draft_trunk"), _segment(manifest, "draft")
     shape = DraftShape(
         capacity=capacity,
@@ -144,14 +210,38 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
         vocab_size=facts.vocab_size,
         target_vocab_size=manifest.model.vocab_size,
         prefill_chunk=manifest.decoding.prefill_chunk,
+        gamma=plan.gamma,
+        tokens_per_pass=plan.tokens_per_pass,
     )
-    threads = plan.draft_threads
+    threads, window, steps = plan.draft_threads, [PassShape(plan.gamma + 1)], _draft_shapes(plan)
     segments = DraftSegments(
-        device.load_segment(folder, trunk, capacity=capacity, widths=[plan.gamma + 1], threads=threads),
-        device.load_segment(folder, branch, capacity=capacity, widths=sorted({1, plan.branches}), threads=threads),
+        device.load_segment(folder, trunk, capacity=capacity, shapes=window, threads=threads, later=steps),
+        device.load_segment(folder, branch, capacity=capacity, shapes=steps, threads=threads),
         device.make_cache(branch.kv, capacity),
     )
-    return ModelDraft(segments, shape, plan.options.candidates, plan.fanout)
+    return ModelDraft(segments, shape, plan.source, plan.fanout, _features(manifest, facts, device, plan))
+
+
+def _draft_shapes(plan: Plan) -> list[PassShape]:
+    """Return the passes of a proposal and of a rollout: one branch's, and all branches'."""
+    passes = branch_passes(plan.tokens_per_pass, plan.gamma)
+    return sorted({PassShape(count * item.rows, count * item.gives) for item in passes for count in (1, plan.branches)})
+
+
+def _features(manifest: Manifest, facts: DraftFacts, device: Device, plan: Plan) -> FeatureStore | None:
+    """Return where a draft keeps the exit states that feed it, None for a draft of tokens alone."""
+    if facts.feature_layer is None:
+        return None
+    if facts.feature_layer != manifest.decoding.exit_layer:
+        raise BundleError(
+            f"the draft is fed by the state after layer {facts.feature_layer} and the target is cut after layer "
+            f"{manifest.decoding.exit_layer}; export the bundle again"
+        )
+    graphs = _segment(manifest, "draft").graphs
+    spec = next(spec for spec in graphs[device.form].inputs if spec.name == "features")
+    if spec.dtype == "bfloat16":
+        raise RequestError("a draft fed by features runs in fp32 or fp16, this bundle is in bf16; export it in fp16")
+    return FeatureStore(plan.target_capacity, int(spec.shape[2]), spec.dtype)
 
 
 def _segment(manifest: Manifest, name: str) -> Segment:

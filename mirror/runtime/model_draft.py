@@ -1,7 +1,8 @@
 """A draft that is a language model on a device, with the tree layout of `docs/bundle.md`.
 
-The draft's cache holds the trunk, one slot per committed token that it has read. A rollout appends
-one row per branch and pass after the window's rows; the next pass over the trunk writes over them.
+The draft's cache holds the trunk, one slot per committed token that it has read. A rollout appends the
+rows of its branches, pass after pass, behind the window's rows; the next pass over the trunk writes over
+them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import numpy as np
 
 from mirror.runtime.candidates import CandidateSource, choose_branches
 from mirror.runtime.draft import Meeting
-from mirror.runtime.feeds import NO_BRANCH, FeedPool, chunk_width, fit_width
-from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Ints, Lane, Proposal, Rollout
+from mirror.runtime.features import FeatureStore
+from mirror.runtime.feeds import NO_BRANCH, TRUNK_ROW, FeedPool, PassFeeds, chunk_width, fit_width
+from mirror.runtime.lookahead import BranchPass, branch_passes
+from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Floats, Ints, Lane, Proposal, Rollout
+from mirror.runtime.sampling import CoupledNoise
 from mirror.runtime.spans import SpanLog
 from mirror.targets.base import KVCache, LoadedSegment, Tensor, to_host
 
@@ -33,11 +37,13 @@ class DraftShape:
     """Sizes of a draft.
 
     Attributes:
-        capacity: slots of its cache; see `rollout_capacity`.
+        capacity: slots of its cache; see `lookahead.rollout_capacity`.
         max_positions: positions it knows.
-        vocab_size: its own vocabulary, rows of its embedding.
+        vocab_size: its own vocabulary, rows of its embedding; the first stream's id.
         target_vocab_size: tokens past it are never proposed.
         prefill_chunk: the most rows of a pass, where the device takes any.
+        gamma: the most tokens of a window after its first.
+        tokens_per_pass: tokens that pass 0, 1, ... gives a branch; the last number repeats.
     """
 
     capacity: int
@@ -45,105 +51,154 @@ class DraftShape:
     vocab_size: int
     target_vocab_size: int
     prefill_chunk: int
-
-
-def rollout_capacity(max_length: int, gamma: int, branches: int) -> int:
-    """Return the slots that a draft's cache needs: the context, a window and gamma rows per branch."""
-    return max_length + gamma + 1 + gamma * branches
+    gamma: int
+    tokens_per_pass: tuple[int, ...] = (1,)
 
 
 class ModelDraft:
-    """An independent language model as draft.
+    """An independent language model as draft, with lookahead streams and fed features where it has them.
 
     Invariant: slots below `_filled` hold the rows of the tokens given last, with one exception that
     every entry point repairs first: rows of draft tokens which the target then refused. They start
     at the context's last token but one at the earliest, so keeping `len(tokens) - 1` rows is safe.
     """
 
-    def __init__(self, segments: DraftSegments, shape: DraftShape, source: CandidateSource, fanout: Ints) -> None:
+    def __init__(
+        self,
+        segments: DraftSegments,
+        shape: DraftShape,
+        source: CandidateSource,
+        fanout: Ints,
+        features: FeatureStore | None = None,
+    ) -> None:
         self._segments = segments
         self._shape = shape
         self._source = source
         self._fanout = fanout
+        self._features = features
         self._pool = FeedPool(shape.capacity, shape.max_positions)
         self._log = SpanLog(Lane.DRAFT)
         self._filled = 0
+        self._known = 0  # positions whose exit state is that of the context
 
     def keep(self, length: int) -> None:
         """Forget the rows past the first `length` tokens."""
         self._filled = min(self._filled, length)
 
+    def see_states(self, start: int, states: Floats) -> None:
+        """Take the exit layer's states `[n, hidden]` at positions `start..`."""
+        if self._features is not None:
+            self._features.put(start, states)
+
     def read(self, tokens: Ints) -> None:
         """Read the context up to its end."""
-        self.keep(tokens.shape[0] - 1)
+        self._know(tokens.shape[0] - 1)
         with self._log.span("draft_prefill"):
-            self._advance(tokens)
+            self._advance(tokens, 1, None)
 
-    def propose(self, tokens: Ints, count: int) -> Proposal:
-        """Draft token after token, the likeliest each time."""
+    def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal:
+        """Draft pass after pass, the likeliest token each time."""
         # A context read ahead of time would have no logits left; its last row is run again.
-        self.keep(tokens.shape[0] - 1)
+        self._know(tokens.shape[0] - 1)
         with self._log.span("propose"):
-            proposed = [self._advance(tokens)]
-            while len(proposed) < count:
-                proposed.append(self._step(np.array(proposed[-1:], np.int64)))
-        return Proposal(self._known(np.array(proposed)), self._log.take())
+            line = tokens
+            for item in branch_passes(self._shape.tokens_per_pass, count):
+                line = np.concatenate([line, self._advance(line, item.gives, noise)])
+        return Proposal(self._known_tokens(line[tokens.shape[0] :]), self._log.take())
 
-    def roll_out(self, tokens: Ints, window: Ints, depth: int, meeting: Meeting) -> Rollout:
-        """Read the window, then continue all branches together, one row each."""
+    def roll_out(self, tokens: Ints, window: Ints, depth: int, meeting: Meeting, noise: CoupledNoise | None) -> Rollout:
+        """Read the window, then continue all branches together."""
         base = tokens.shape[0] - 1
-        self.keep(base)
+        self._know(base)
+        self._wait_states(base, meeting)
         with self._log.span("trunk"):
             if self._filled < base:
-                self._advance(tokens[:base])
+                self._advance(tokens[:base], 1, None)
             own = self._run_trunk(window)
-        branches = self._branches(window, own, meeting)
+        branches = self._branches(window, own, meeting, noise)
         with self._log.span("rollout"):
-            continuations, lengths = self._continue(branches, base, depth, meeting)
+            continuations, lengths = self._continue(branches, base, depth, meeting, noise)
         return Rollout(branches, self._cut(continuations, lengths), continuations, self._log.take())
 
-    def _branches(self, window: Ints, own: Candidates, meeting: Meeting) -> Branches:
+    def _know(self, count: int) -> None:
+        """Begin with a context whose first `count` tokens have exit states and may keep their rows."""
+        if self._features is not None:
+            # Rows past these were drafted before their feature was known; they are run again with it.
+            self.keep(self._known + 1)
+        self.keep(count)
+        self._known = count
+
+    def _wait_states(self, base: int, meeting: Meeting) -> None:
+        """Wait for the window's exit states, if this draft is fed by them."""
+        if self._features is None:
+            return
+        with self._log.span("candidate_wait"):
+            states = meeting.wait_states()
+        if states is not None:
+            self._features.put(base, states)
+            self._known = base + states.shape[0]
+
+    def _branches(self, window: Ints, own: Candidates, meeting: Meeting, noise: CoupledNoise | None) -> Branches:
+        # The draft's candidates go first: at equal rank they are right more often than the exit's.
         sources = [own] if self._source.needs_draft else []
         if self._source.needs_exit:
             with self._log.span("candidate_wait"):
-                offered = meeting.wait_candidates()
-            if offered is None:
+                exits = meeting.wait_candidates()
+            if exits is None:
                 return NO_BRANCHES
-            # The exit's candidates go first: at equal rank they saw the target's own state.
-            sources.insert(0, offered)
+            sources.append(exits)
+        if noise is not None:
+            after = self._filled - window.size + 1 + np.arange(window.size)
+            sources = [noise.ordered(source, after) for source in sources]
         return choose_branches(window, sources, self._fanout)
 
-    def _advance(self, tokens: Ints) -> int:
-        """Run the tokens not read yet; return the likeliest token after the last one."""
-        following = 0
-        while self._filled < tokens.shape[0]:
-            waiting = tokens[self._filled : self._filled + self._shape.prefill_chunk]
-            widths = self._segments.branch.widths
-            rows, _ = chunk_width(widths, waiting.shape[0], self._shape.capacity - self._filled)
-            following = self._step(waiting[:rows])
-        return following
+    # Passes over the trunk.
 
-    def _step(self, tokens: Ints) -> int:
-        """Run one pass of the trunk's next tokens; return the likeliest token after the last one."""
-        feeds = self._pool.at(fit_width(self._segments.branch.widths, tokens.shape[0]))
-        feeds.fill_causal(self._embeddable(tokens), self._filled)
-        outputs = self._run(self._segments.branch, feeds.tensors, self._filled)
-        self._filled += tokens.shape[0]
-        return int(to_host(outputs["token_ids"])[0, tokens.shape[0] - 1])
+    def _advance(self, tokens: Ints, gives: int, noise: CoupledNoise | None) -> Ints:
+        """Run the tokens not read yet; return the `gives` likeliest tokens after them, int64 [gives]."""
+        widths = self._segments.branch.widths
+        while True:
+            waiting = tokens[self._filled :]
+            rows = min(waiting.shape[0], self._shape.prefill_chunk) + gives - 1
+            taken, width = chunk_width(widths, rows, self._shape.capacity - self._filled)
+            if waiting.shape[0] == 1:
+                return self._step(waiting, gives, fit_width(widths, rows), noise)
+            if taken == waiting.shape[0] + gives - 1:
+                return self._step(waiting, gives, width, noise)
+            # Never the last one: the streams follow it in its own pass.
+            self._step(waiting[: min(taken, waiting.shape[0] - 1)], 1, width, None)
+
+    def _step(self, tokens: Ints, gives: int, width: int, noise: CoupledNoise | None) -> Ints:
+        """Run one pass of the trunk's next tokens; return the `gives` likeliest after the last one."""
+        past, count = self._filled, tokens.shape[0]
+        rows = count + gives - 1
+        feeds = self._pool.at(width)
+        places = past + np.arange(rows)
+        visible = np.minimum(places + 1, past + count)
+        branches = np.where(places < past + count, TRUNK_ROW, 0)
+        self._pool.slot_branch[past + count : past + rows] = 0
+        ids = np.concatenate([self._embeddable(tokens), self._streams(gives)])
+        feeds.fill_rows(ids, places, visible, branches, past)
+        chosen = self._choose(feeds, places, np.arange(count - 1, rows), past, self._known, noise)
+        self._pool.slot_branch[past + count : past + rows] = NO_BRANCH
+        self._filled += count
+        return chosen
 
     def _run_trunk(self, window: Ints) -> Candidates:
         """Run the window; return the draft's candidates, ids int64 [width, kappa + 1]."""
+        past = self._filled
         feeds = self._pool.at(fit_width(self._segments.trunk.widths, window.shape[0]))
-        feeds.fill_causal(self._embeddable(window), self._filled)
-        outputs = self._run(self._segments.trunk, feeds.tensors, self._filled)
+        feeds.fill_causal(self._embeddable(window), past)
+        rows = np.arange(window.shape[0])
+        candidates = self._candidates(feeds, past + rows, rows, past, self._known)
         self._filled += window.shape[0]
-        rows = slice(0, window.shape[0])
-        ids: Ints = to_host(outputs["candidate_ids"])[0, rows]
-        # Padding of the draft's vocabulary is no token of the target.
-        ids = np.where(ids < self._shape.target_vocab_size, ids, -1)
-        return Candidates(ids, to_host(outputs["candidate_logprobs"])[0, rows])
+        return candidates
 
-    def _continue(self, branches: Branches, base: int, depth: int, meeting: Meeting) -> tuple[Ints, Ints]:
+    # Passes over branches.
+
+    def _continue(
+        self, branches: Branches, base: int, depth: int, meeting: Meeting, noise: CoupledNoise | None
+    ) -> tuple[Ints, Ints]:
         """Continue every branch; once the outcome is known, only the one that it takes.
 
         Returns:
@@ -152,29 +207,91 @@ class ModelDraft:
         continuations = np.zeros((len(branches), depth), np.int64)
         lengths = np.zeros(len(branches), np.int64)
         rows = np.arange(len(branches))
-        tokens = branches.next_tokens
+        tokens = branches.next_tokens[:, None]
         first_slot = slot = self._filled
-        for step in range(depth):
+        read = done = 0
+        for item in branch_passes(self._shape.tokens_per_pass, depth):
             alive = _still_wanted(rows, branches, meeting)
             if alive.size == 0:
                 break
             if alive.size < rows.size:
                 tokens = tokens[rows == alive[0]]
                 rows = alive
-            visible = base + 1 + branches.accepted[rows]
-            feeds = self._pool.at(fit_width(self._segments.branch.widths, rows.size))
-            self._pool.slot_branch[slot : slot + rows.size] = rows
-            feeds.fill_branches(self._embeddable(tokens), visible + step, visible, rows, slot)
-            outputs = self._run(self._segments.branch, feeds.tensors, slot)
-            slot += feeds.width
-            tokens = to_host(outputs["token_ids"])[0, : rows.size].copy()
-            continuations[rows, step] = tokens
-            lengths[rows] = step + 1
+            starts = base + 1 + branches.accepted[rows]
+            slot, tokens = self._branch_pass(item, tokens, rows, starts, read, slot, noise)
+            continuations[rows, done : done + item.gives] = tokens
+            read, done = read + item.real, done + item.gives
+            lengths[rows] = done
         self._pool.slot_branch[first_slot:slot] = NO_BRANCH
         return continuations, lengths
 
-    def _run(self, segment: LoadedSegment, feeds: Mapping[str, Tensor], past_length: int) -> Mapping[str, Tensor]:
-        return segment.run(feeds, self._segments.cache, past_length)
+    def _branch_pass(
+        self, item: BranchPass, tokens: Ints, rows: Ints, starts: Ints, read: int, slot: int, noise: CoupledNoise | None
+    ) -> tuple[int, Ints]:
+        """Run one pass over some branches, each one's rows side by side.
+
+        Args:
+            tokens: int64 [branches, item.real], what to read.
+            rows: int64 [branches], their numbers.
+            starts: int64 [branches], the position of each branch's first token.
+            read: tokens of each branch that earlier passes read.
+            slot: the first free one.
+
+        Returns:
+            The next free slot, and int64 [branches, item.gives].
+        """
+        count = rows.size * item.rows
+        feeds = self._pool.at(fit_width(self._segments.branch.widths, count))
+        streams = np.broadcast_to(self._streams(item.gives), (rows.size, item.gives - 1))
+        ids = np.concatenate([self._embeddable(tokens), streams], axis=1)
+        places = (starts[:, None] + read + np.arange(item.rows)).reshape(-1)
+        owners = np.repeat(rows, item.rows)
+        slots = self._pool.slot_branch[slot : slot + count].reshape(rows.size, item.rows)
+        slots[...] = rows[:, None]
+        feeds.fill_rows(ids.reshape(-1), places, np.repeat(starts, item.rows), owners, slot)
+        wanted = (np.arange(rows.size) * item.rows)[:, None] + item.real - 1 + np.arange(item.gives)
+        # The token before a branch's second one is the branch's own, which the target has not seen.
+        fed = np.repeat(np.minimum(starts, self._known), item.rows)
+        chosen = self._choose(feeds, places, wanted.reshape(-1), slot, fed, noise)
+        slots[:, item.real :] = NO_BRANCH  # a stream is seen by its own pass alone
+        return slot + feeds.width, chosen.reshape(rows.size, item.gives)
+
+    # One pass.
+
+    def _choose(
+        self, feeds: PassFeeds, places: Ints, wanted: Ints, past: int, fed: int | Ints, noise: CoupledNoise | None
+    ) -> Ints:
+        """Run a pass; return the token that each wanted row proposes, int64 [wanted].
+
+        Args:
+            places: int64 [rows], each row's position.
+            wanted: int64 [wanted], rows of the pass.
+            fed: the last position whose row has a feature; one for all, or int64 [rows].
+        """
+        if noise is None:
+            outputs = self._run(self._segments.branch, feeds, places, wanted, past, fed)
+            return to_host(outputs["token_ids"])[0, : wanted.size].copy()
+        candidates = self._candidates(feeds, places, wanted, past, fed)
+        return noise.ordered(candidates, places[wanted] + 1).ids[:, 0]
+
+    def _candidates(self, feeds: PassFeeds, places: Ints, wanted: Ints, past: int, fed: int | Ints) -> Candidates:
+        outputs = self._run(self._segments.trunk, feeds, places, wanted, past, fed)
+        ids: Ints = to_host(outputs["candidate_ids"])[0, : wanted.size]
+        # Padding of the draft's vocabulary is no token of the target.
+        ids = np.where(ids < self._shape.target_vocab_size, ids, -1)
+        return Candidates(ids, to_host(outputs["candidate_logprobs"])[0, : wanted.size])
+
+    def _run(
+        self, segment: LoadedSegment, feeds: PassFeeds, places: Ints, wanted: Ints, past: int, fed: int | Ints
+    ) -> Mapping[str, Tensor]:
+        tensors: dict[str, Tensor] = {**feeds.tensors, "logit_rows": wanted}
+        if self._features is not None:
+            tensors["features"], tensors["feature_rows"] = self._features.at(places, fed, feeds.width)
+        return segment.run(tensors, self._segments.cache, past)
+
+    def _streams(self, gives: int) -> Ints:
+        """Return the ids of the stream rows of a pass that gives so many tokens, int64 [gives - 1]."""
+        return self._shape.vocab_size + np.arange(gives - 1)
 
     def _embeddable(self, tokens: Ints) -> Ints:
         """Return tokens with those the draft has no embedding for replaced; only its guesses suffer."""
@@ -182,16 +299,14 @@ class ModelDraft:
             return tokens
         return np.minimum(tokens, self._shape.vocab_size - 1)
 
-    def _known(self, tokens: Ints) -> tuple[int, ...]:
+    def _known_tokens(self, tokens: Ints) -> tuple[int, ...]:
         """Return the tokens up to the first that the target does not have."""
-        unknown = np.flatnonzero(tokens >= self._shape.target_vocab_size)
+        unknown = np.flatnonzero((tokens < 0) | (tokens >= self._shape.target_vocab_size))
         return tuple(tokens[: unknown[0] if unknown.size else tokens.size].tolist())
 
     def _cut(self, continuations: Ints, lengths: Ints) -> Ints:
         """Return each row's length up to its first token that the target does not have."""
-        if self._shape.vocab_size <= self._shape.target_vocab_size:
-            return lengths
-        unknown = continuations >= self._shape.target_vocab_size
+        unknown = (continuations < 0) | (continuations >= self._shape.target_vocab_size)
         first = np.where(unknown.any(axis=1), unknown.argmax(axis=1), continuations.shape[1])
         cut: Ints = np.minimum(lengths, first)
         return cut

@@ -6,7 +6,8 @@ import numpy as np
 
 from mirror.runtime.candidates import CandidateSource, choose_branches
 from mirror.runtime.draft import Meeting
-from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Ints, Lane, Proposal, Rollout
+from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Floats, Ints, Lane, Proposal, Rollout
+from mirror.runtime.sampling import CoupledNoise
 from mirror.runtime.spans import SpanLog
 
 
@@ -32,19 +33,22 @@ class NgramDraft:
             self._read, self._ends = [], {}
             self._extend(kept)
 
+    def see_states(self, start: int, states: Floats) -> None:
+        """Need nothing of them."""
+
     def read(self, tokens: Ints) -> None:
         """Index the context."""
         with self._log.span("draft_prefill"):
             self._extend(tokens[len(self._read) :].tolist())
 
-    def propose(self, tokens: Ints, count: int) -> Proposal:
+    def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal:
         """Return what followed the context's last tokens before; empty if they are new."""
         with self._log.span("propose"):
             self._extend(tokens[len(self._read) :].tolist())
             found = self._continuation(self._read, count)
         return Proposal(tuple(found), self._log.take())
 
-    def roll_out(self, tokens: Ints, window: Ints, depth: int, meeting: Meeting) -> Rollout:
+    def roll_out(self, tokens: Ints, window: Ints, depth: int, meeting: Meeting, noise: CoupledNoise | None) -> Rollout:
         """Look up every branch. The lookup's own candidates are the tokens that followed before."""
         with self._log.span("trunk"):
             self._extend(tokens[len(self._read) :].tolist())
@@ -68,7 +72,7 @@ class NgramDraft:
                 offered = meeting.wait_candidates()
             if offered is None:
                 return NO_BRANCHES
-            sources.insert(0, offered)
+            sources.append(offered)
         return choose_branches(window, sources, self._fanout)
 
     def _own_candidates(self, window: Ints) -> Candidates:

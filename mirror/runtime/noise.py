@@ -53,12 +53,12 @@ def philox(counter: U64, key: tuple[int, int]) -> U64:
     return np.stack([c0, c1, c2, c3])
 
 
-def uniforms(seed: int, position: int, tokens: NDArray[np.integer]) -> F64:
+def uniforms(seed: int, position: int | NDArray[np.int64], tokens: NDArray[np.integer]) -> F64:
     """Return one uniform in (0, 1) for each token at a position.
 
     Args:
         seed: 0 <= seed < 2**64, the Philox key, low word first.
-        position: absolute position of the token being drawn.
+        position: absolute position of the token being drawn; one for all, or int64 [n].
         tokens: [n] token words, 0 <= token < 2**32.
 
     Returns:

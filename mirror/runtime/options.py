@@ -15,25 +15,29 @@ class EngineOptions:
     """Choices that hold as long as a bundle is loaded; None takes the bundle's or the machine's.
 
     Attributes:
-        mode: how tokens are made; `generate` may say otherwise, over the same sessions.
+        mode: how tokens are made; `generate` may say otherwise, over the same sessions. None takes the
+            bundle's setting, else mirror.
         threads: CPU threads in all; None takes one per physical core.
         max_length: tokens that a context may have.
         gamma: draft tokens of a window.
         kappa: branches that leave after each window position.
         fanout: the same, per position, gamma + 1 counts; overrides kappa.
-        candidates: where the branches' first tokens come from.
+        tokens_per_pass: tokens that each of a rollout's passes gives a branch, by the draft's streams; the last
+            number repeats.
+        candidates: where the branches' first tokens come from; None takes the bundle's setting, else both.
         pinned: every target pass after prefill runs at width gamma + 1.
         draft_timeout_s: how long to wait for the draft before it counts as hung.
         max_ngram_size: the most tokens that an n-gram draft looks up at once.
     """
 
-    mode: Mode = Mode.MIRROR
+    mode: Mode | None = None
     threads: int | None = None
     max_length: int | None = None
     gamma: int | None = None
     kappa: int | None = None
     fanout: tuple[int, ...] | None = None
-    candidates: CandidateSource = CandidateSource.BOTH
+    tokens_per_pass: tuple[int, ...] | None = None
+    candidates: CandidateSource | None = None
     pinned: bool = False
     draft_timeout_s: float = 30.0
     max_ngram_size: int = 3

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mirror.errors import DeviceError, RequestError
 from mirror.runtime.noise import F64, PICK_TOKEN, TAIL_TOKEN, gumbel, uniforms
-from mirror.runtime.records import Floats, Ints
+from mirror.runtime.records import Candidates, Floats, Ints
 
 # Kept tokens with a Gumbel of their own; the others share one.
 HEAD_TOKENS = 64
@@ -151,6 +151,41 @@ def draw(kept: Kept, seed: int, position: int) -> int:
         return int(kept.ids[head[winner]])
     index = min(int(np.searchsorted(mass, noise[-1] * mass[-1], side="right")), mass.size - 1)
     return int(kept.ids[tail][index])
+
+
+@dataclass(frozen=True)
+class CoupledNoise:
+    """The target's own noise, for whoever guesses its draws.
+
+    The target draws argmax(log p + Gumbel noise), and the noise of (seed, position, token) is no secret.
+    A draft that adds it to its own scores guesses far more draws, and nothing depends on it but how
+    often a guess is right.
+    """
+
+    seed: int
+    temperature: float
+
+    def ordered(self, candidates: Candidates, positions: Ints) -> Candidates:
+        """Return candidates by falling score with the noise in it.
+
+        Args:
+            candidates: ids [n, top]; left as they are where the source has no odds.
+            positions: int64 [n], the absolute position of the token that each row is for.
+        """
+        if candidates.logprobs is None:
+            return candidates
+        ids = candidates.ids
+        words = np.maximum(ids, 0).reshape(-1)
+        noise = gumbel(uniforms(self.seed, np.repeat(positions, ids.shape[1]), words)).reshape(ids.shape)
+        scores = np.where(ids >= 0, candidates.logprobs.astype(np.float64) / self.temperature + noise, -np.inf)
+        order = np.argsort(-scores, axis=1, kind="stable")
+        logprobs = np.take_along_axis(candidates.logprobs, order, axis=1)
+        return Candidates(np.take_along_axis(ids, order, axis=1), logprobs)
+
+
+def coupled(params: SamplingParams) -> CoupledNoise | None:
+    """Return the noise that a sampled answer is drawn with, None for a greedy one."""
+    return CoupledNoise(params.seed, params.temperature) if params.temperature > 0.0 else None
 
 
 def penalised(logits: Floats, penalty: float, seen: NDArray[np.bool_] | None) -> Floats:

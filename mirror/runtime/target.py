@@ -14,18 +14,29 @@ from mirror.targets.base import KVCache, LoadedSegment, Tensor, to_host
 
 @dataclass(frozen=True)
 class TargetSegments:
-    """The target's graphs, loaded on one device, with their caches."""
+    """The target's graphs with their caches: prefix and exit head on one device, the suffix there or on another.
+
+    Attributes:
+        apart: whether they are on two devices; the exit layer's state then goes through host memory.
+    """
 
     prefix: LoadedSegment
     exit_head: LoadedSegment
     suffix: LoadedSegment
     prefix_cache: KVCache
     suffix_cache: KVCache
+    apart: bool = False
+
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """The widths that prefix and suffix both take, ascending; None when they take any."""
+        fixed = [set(part.widths) for part in (self.prefix, self.suffix) if part.widths is not None]
+        return tuple(sorted(set.intersection(*fixed))) if fixed else None
 
 
 @dataclass(frozen=True)
 class ExitState:
-    """A pass between prefix and suffix: the exit layer's state, on the target's device.
+    """A pass between prefix and suffix: the exit layer's state, on the prefix's device.
 
     Attributes:
         feeds: the pass's inputs with `hidden_states` [1, width, hidden].
@@ -55,11 +66,18 @@ class Target:
         self._pinned_width = pinned_width
         self._pool = FeedPool(capacity, max_positions)
         self._rows = np.arange(capacity, dtype=np.int64)
+        self._last: ExitState | None = None
 
     def run_prefix(self, tokens: Ints, past_length: int) -> ExitState:
         """Run the layers below the exit over a window, int64 [n]; write slots `past_length..`."""
         rows = tokens.shape[0]
-        return self._prefix(tokens, past_length, fit_width(self._segments.prefix.widths, self._pinned_width or rows))
+        return self._prefix(tokens, past_length, fit_width(self._segments.widths, self._pinned_width or rows))
+
+    def exit_states(self) -> Floats:
+        """Return a host copy of the last prefix pass's states, `[rows, hidden]`, its real rows alone."""
+        assert self._last is not None, "no prefix has run yet"
+        states: Floats = to_host(self._last.feeds["hidden_states"])[0, : self._last.rows].copy()
+        return states
 
     def run_exit_head(self, state: ExitState) -> Candidates:
         """Return the exit's candidates for each real row of a pass."""
@@ -86,9 +104,7 @@ class Target:
         Returns:
             How many tokens were run, and the last one's logits, float32 [vocab], if that was all.
         """
-        rows, width = chunk_width(
-            self._segments.prefix.widths, min(chunk, tokens.shape[0]), self._capacity - past_length
-        )
+        rows, width = chunk_width(self._segments.widths, min(chunk, tokens.shape[0]), self._capacity - past_length)
         state = self._prefix(tokens[:rows], past_length, width)
         logits = self._suffix(state, rows - 1, rows)
         return rows, logits[0] if rows == tokens.shape[0] else None
@@ -98,10 +114,13 @@ class Target:
         feeds.fill_causal(tokens, past_length)
         outputs = self._segments.prefix.run(feeds.tensors, self._segments.prefix_cache, past_length)
         feeds.tensors["hidden_states"] = outputs["hidden_states"]
-        return ExitState(feeds.tensors, past_length, tokens.shape[0], width)
+        self._last = ExitState(feeds.tensors, past_length, tokens.shape[0], width)
+        return self._last
 
     def _suffix(self, state: ExitState, first: int, last: int) -> Floats:
         feeds = {**state.feeds, "logit_rows": self._rows[first:last]}
+        if self._segments.apart:
+            feeds["hidden_states"] = to_host(state.feeds["hidden_states"])
         outputs = self._segments.suffix.run(feeds, self._segments.suffix_cache, state.past_length)
         logits: Floats = to_host(outputs["logits"])[0]
         return logits

@@ -29,12 +29,15 @@ def split_threads(total: int, mode: Mode, *, shared: bool) -> tuple[int, int]:
 
     In plain and serial mode one waits for the other, so each gets all. In mirror mode on a shared
     CPU they run at the same time, and a thread too many makes both wait at every layer: the draft
-    gets a quarter, at least one, and the target the rest.
+    gets a quarter, at least one, and the target the rest. Beside another device a CPU draft leaves
+    one core to the thread that feeds that device.
 
     Args:
         shared: whether both run on this machine's CPU.
     """
-    if mode is not Mode.MIRROR or not shared or total < 2:
+    if mode is not Mode.MIRROR or total < 2:
         return total, total
+    if not shared:
+        return total, total - 1
     draft = max(1, total // 4)
     return total - draft, draft

@@ -8,21 +8,34 @@ does (`mirror` itself turns ONNX Runtime's off).
 from __future__ import annotations
 
 from mirror.errors import DeviceError
-from mirror.targets.base import Device
+from mirror.targets.base import Device, FreeMemory
+from mirror.targets.memory import free_memory
 from mirror.targets.names import DeviceFamily, DeviceName, parse_device_name
-from mirror.targets.survey import DeviceInfo, list_devices
+from mirror.targets.survey import DeviceInfo, list_devices, npu_name
 
-__all__ = ["DeviceFamily", "DeviceInfo", "DeviceName", "list_devices", "open_device", "parse_device_name"]
+__all__ = [
+    "DeviceFamily",
+    "DeviceInfo",
+    "DeviceName",
+    "FreeMemory",
+    "free_memory",
+    "list_devices",
+    "open_device",
+    "parse_device_name",
+]
 
 
-def open_device(name: str) -> Device:
-    """Return a device by the name that a user writes: `cpu`, `cuda:0`, `openvino:CPU|GPU|NPU`.
+def open_device(name: str, *, background: bool = False) -> Device:
+    """Return a device by the name that a user writes: `cpu`, `cuda:0`, `openvino:CPU|GPU|NPU`, `qnn:htp`, `npu`.
+
+    Args:
+        background: whether it is for a draft, which may share a GPU with a target.
 
     Raises:
         DeviceError: no such name, or the device or its library isn't there; the message says what
             to install.
     """
-    parsed = parse_device_name(name)
+    parsed = parse_device_name(npu_name() if name.strip().lower() == "npu" else name)
     match parsed.family:
         case DeviceFamily.CPU:
             from mirror.targets.cpu import CpuDevice
@@ -31,21 +44,25 @@ def open_device(name: str) -> Device:
         case DeviceFamily.CUDA:
             from mirror.targets.cuda import open_cuda
 
-            return open_cuda(int(parsed.unit))
+            return open_cuda(int(parsed.unit), background=background)
         case DeviceFamily.OPENVINO:
             return _open_openvino(parsed)
+        case DeviceFamily.QNN:
+            from mirror.targets.qnn import open_qnn
+
+            return open_qnn(parsed.unit, parsed.chip)
 
 
 def _open_openvino(name: DeviceName) -> Device:
-    """Open ONNX Runtime's plugin where it lists the device, OpenVINO itself where it doesn't."""
+    """Open OpenVINO itself where it is installed, ONNX Runtime's plugin for it where only that is."""
     from mirror.targets.survey import openvino_missing, plugin_units
 
-    if name.unit in plugin_units():
+    if (missing := openvino_missing()) is not None:
+        if name.unit not in plugin_units():
+            raise DeviceError(f"{name} isn't there: {missing}")
         from mirror.targets.openvino_plugin import open_plugin_device
 
         return open_plugin_device(name.unit, name.precision)
-    if (missing := openvino_missing()) is not None:
-        raise DeviceError(f"{name} isn't there: {missing}")
     from mirror.targets.openvino import open_native_device
 
     return open_native_device(name.unit, name.precision)

@@ -7,15 +7,46 @@ back: a device that isn't there raises `DeviceError` naming what was found and w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror.bundle import Form, LayerKV, Segment
+from mirror.bundle import Compiled, Form, LayerKV, Segment
 
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True, order=True)
+class PassShape:
+    """The free sizes of one pass.
+
+    Attributes:
+        width: rows of the pass.
+        rows: rows whose logits are wanted; 0 means all of them, or a graph that doesn't ask.
+    """
+
+    width: int
+    rows: int = 0
+
+    def sizes(self, capacity: int) -> Mapping[str, int]:
+        """Return the value of every symbolic dimension."""
+        return {"width": self.width, "rows": self.rows, "capacity": capacity}
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """What is left of the memory that a device allocates from.
+
+    Attributes:
+        pool: the memory's name; devices that share one have the same.
+        bytes: None where nobody says.
+    """
+
+    pool: str
+    bytes: int | None
 
 
 class DeviceTensor(Protocol):
@@ -86,13 +117,21 @@ class Device(Protocol):
         ...
 
     def load_segment(
-        self, folder: Path, segment: Segment, *, capacity: int, widths: Sequence[int], threads: int
+        self,
+        folder: Path,
+        segment: Segment,
+        *,
+        capacity: int,
+        shapes: Sequence[PassShape],
+        threads: int,
+        later: Sequence[PassShape] = (),
     ) -> LoadedSegment:
         """Load a segment of the bundle at `folder`.
 
         Args:
             capacity: slots of the cache it will run with.
-            widths: the widths it will be asked for; a device that compiles ahead compiles these.
+            shapes: the passes it will be asked for; a device that compiles ahead compiles these.
+            later: passes that it may be asked for; compiled when first asked.
             threads: CPU threads it may use; meaningless on other devices.
 
         Raises:
@@ -102,4 +141,27 @@ class Device(Protocol):
 
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> KVCache:
         """Return a zeroed cache for these layers."""
+        ...
+
+
+class AheadCompiler(Protocol):
+    """What compiles segments ahead of time, for a device that may not be here."""
+
+    @property
+    def compiles_for(self) -> str:
+        """The device in the artefacts' records: `qnn:v73`, `openvino:CPU`."""
+        ...
+
+    def fitting(self, folder: Path, segment: Segment, shape: PassShape, capacity: int, threads: int) -> Compiled | None:
+        """Return the artefact that a bundle already has for these sizes, None where none would be used."""
+        ...
+
+    def compile_segment(
+        self, folder: Path, segment: Segment, shape: PassShape, capacity: int, threads: int
+    ) -> Compiled:
+        """Compile a segment for fixed sizes into the bundle's folder; return its record.
+
+        Raises:
+            DeviceError: the device can't take the graph.
+        """
         ...

@@ -15,6 +15,7 @@ class DeviceFamily(Enum):
     CPU = "cpu"
     CUDA = "cuda"
     OPENVINO = "openvino"
+    QNN = "qnn"
 
 
 class Precision(Enum):
@@ -31,35 +32,43 @@ class DeviceName:
 
     Attributes:
         unit: which one of the family: empty for the CPU, a number for CUDA, OpenVINO's own name
-            (`CPU`, `GPU`, `GPU.1`, `NPU`) for OpenVINO.
+            (`CPU`, `GPU`, `GPU.1`, `NPU`) for OpenVINO, `htp` or `emulator` for QNN.
         precision: the arithmetic asked for, None for the device's default.
+        chip: the Hexagon architecture asked for, `v73` or, with a chip's number, `v73.43`; None for the
+            machine's own, or the emulator's default.
     """
 
     family: DeviceFamily
     unit: str = ""
     precision: Precision | None = None
+    chip: str | None = None
 
     def __str__(self) -> str:
-        """The name without its precision."""
+        """The name without its precision or chip."""
         return f"{self.family.value}:{self.unit}" if self.unit else self.family.value
 
 
-_CHOICES = "cpu, cuda:0 (a number), openvino:CPU, openvino:GPU (or GPU.1), openvino:NPU"
+_CHOICES = (
+    "cpu, cuda:0 (a number), openvino:CPU, openvino:GPU (or GPU.1), openvino:NPU, qnn:htp (or qnn:emulator), "
+    "npu (whichever there is)"
+)
 _UNITS = {
     DeviceFamily.CPU: re.compile(r""),
     DeviceFamily.CUDA: re.compile(r"0|[1-9]\d{0,2}"),
     DeviceFamily.OPENVINO: re.compile(r"CPU|NPU|GPU(\.\d{1,2})?"),
+    DeviceFamily.QNN: re.compile(r"HTP|EMULATOR"),
 }
+_CHIP = re.compile(r"v\d{2}(\.\d{1,3})?")
 
 
 def parse_device_name(text: str) -> DeviceName:
-    """Return a device name taken apart: `family[:unit[:precision]]`, as in `openvino:CPU:bf16`.
+    """Return a device name taken apart: `family[:unit[:precision or chip]]`, as in `openvino:CPU:bf16`.
 
     Raises:
         DeviceError: the name is none of the known ones; the message lists them.
     """
     family_text, _, rest = text.strip().partition(":")
-    unit, _, precision_text = rest.partition(":")
+    unit, _, detail = rest.partition(":")
     try:
         family = DeviceFamily(family_text.lower())
     except ValueError:
@@ -67,7 +76,17 @@ def parse_device_name(text: str) -> DeviceName:
     unit = unit.upper()
     if _UNITS[family].fullmatch(unit) is None or (rest and not unit):
         raise DeviceError(f"{text!r} doesn't say which {family.value} device; the names are {_CHOICES}")
-    return DeviceName(family, unit, _precision(text, family, precision_text))
+    if family is DeviceFamily.QNN:
+        return DeviceName(family, unit.lower(), chip=_chip(text, detail))
+    return DeviceName(family, unit, _precision(text, family, detail))
+
+
+def _chip(text: str, chip: str) -> str | None:
+    if not chip:
+        return None
+    if _CHIP.fullmatch(chip.lower()) is None:
+        raise DeviceError(f"{text!r} asks for chip {chip!r}; write its architecture, as in qnn:htp:v73")
+    return chip.lower()
 
 
 def _precision(text: str, family: DeviceFamily, precision: str) -> Precision | None:

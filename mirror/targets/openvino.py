@@ -14,7 +14,7 @@ from typing import Any
 
 from mirror.bundle import Form, Graph, LayerKV, Segment, TensorSpec, kv_names
 from mirror.errors import DeviceError
-from mirror.targets.base import Array, KVCache, Tensor, to_host
+from mirror.targets.base import Array, KVCache, PassShape, Tensor, to_host
 from mirror.targets.names import Precision
 from mirror.targets.openvino_settings import (
     check_precision,
@@ -25,13 +25,14 @@ from mirror.targets.openvino_settings import (
 )
 from mirror.targets.static_shapes import (
     PRESENT_PREFIX,
-    PassShape,
     concrete,
     covering_shape,
     first_shapes,
     host_inputs,
     past_name,
+    rows_outputs,
     width_input,
+    widths_of,
 )
 from mirror.targets.survey import no_such_unit
 
@@ -132,18 +133,22 @@ class _Program:
 class OpenVinoSegment:
     """One graph on one OpenVINO device, a program per compiled shape."""
 
-    def __init__(self, name: str, compiler: _Compiler, graph: Graph, widths: Sequence[int]) -> None:
+    def __init__(
+        self, name: str, compiler: _Compiler, graph: Graph, shapes: Sequence[PassShape], later: Sequence[PassShape]
+    ) -> None:
         self.name = name
         self._compiler = compiler
-        self._widths = tuple(sorted(set(widths)))
+        self._widths = widths_of(shapes)
+        self._shapes = first_shapes(graph, [*shapes, *later])
+        self._by_row = rows_outputs(graph)
         self._width_input = width_input(graph)
         self._names = frozenset(spec.name for spec in host_inputs(graph))
         self._keeps_cache = len(self._names) < len(graph.inputs)
-        self._programs = {shape: compiler.program(shape) for shape in first_shapes(graph, widths)}
+        self._programs = {shape: compiler.program(shape) for shape in first_shapes(graph, shapes)}
 
     @property
     def widths(self) -> tuple[int, ...] | None:
-        """The widths that it was compiled for."""
+        """The widths that it was compiled for at first."""
         return self._widths
 
     @property
@@ -167,14 +172,14 @@ class OpenVinoSegment:
             raise DeviceError(f"{self.name} failed on {self._compiler.name}: {_plain(error)}") from error
         if not rows:
             return program.outputs
-        return {**program.outputs, "logits": program.outputs["logits"][:, :rows]}
+        return {**program.outputs, **{name: program.outputs[name][:, :rows] for name in self._by_row}}
 
     def _program(self, wanted: PassShape) -> _Program:
-        if wanted.width not in self._widths:
+        if wanted.width not in widths_of(self._shapes):
             raise DeviceError(
-                f"{self.name} is loaded for widths {self._widths}, asked for {wanted.width}; load it for it"
+                f"{self.name} is loaded for widths {widths_of(self._shapes)}, asked for {wanted.width}; load it for it"
             )
-        shape = covering_shape(self._programs, wanted)
+        shape = covering_shape(self._shapes, wanted)
         if shape not in self._programs:
             self._programs[shape] = self._compiler.program(shape)
         return self._programs[shape]
@@ -265,7 +270,14 @@ class OpenVinoDevice:
         return Form.ROWS
 
     def load_segment(
-        self, folder: Path, segment: Segment, *, capacity: int, widths: Sequence[int], threads: int
+        self,
+        folder: Path,
+        segment: Segment,
+        *,
+        capacity: int,
+        shapes: Sequence[PassShape],
+        threads: int,
+        later: Sequence[PassShape] = (),
     ) -> OpenVinoSegment:
         """Load a segment of the bundle at `folder`; see `base.Device.load_segment`.
 
@@ -275,9 +287,9 @@ class OpenVinoDevice:
         graph = rows_graph(segment, self.name)
         settings = compile_settings(self._unit, self.precision, threads, self._kernel_cache)
         compiler = _Compiler(self.name, self._unit, folder / graph.file, graph, capacity, settings)
-        if self._unit != "NPU" and compiler.weights_bytes * len(set(widths)) > _STATIC_WEIGHTS_BYTES:
+        if self._unit != "NPU" and compiler.weights_bytes * len(widths_of(shapes)) > _STATIC_WEIGHTS_BYTES:
             compiler.share()
-        return OpenVinoSegment(segment.name, compiler, graph, widths)
+        return OpenVinoSegment(segment.name, compiler, graph, shapes, later)
 
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> OpenVinoCache:
         """Return a zeroed cache for these layers."""
@@ -301,6 +313,14 @@ def available_units() -> dict[str, str]:
     """Return the devices that OpenVINO sees, with the hardware's own names."""
     core = ov.Core()
     return {unit: str(core.get_property(unit, "FULL_DEVICE_NAME")) for unit in core.available_devices}
+
+
+def device_memory_bytes(unit: str) -> int | None:
+    """Return a GPU's memory in bytes, None where OpenVINO doesn't see it."""
+    core = ov.Core()
+    if not {unit, f"{unit}.0"} & set(core.available_devices):
+        return None
+    return int(core.get_property(unit, "GPU_DEVICE_TOTAL_MEM_SIZE"))
 
 
 def _bound_buffer(request: Any, spec: TensorSpec, sizes: Mapping[str, int]) -> Array:

@@ -9,18 +9,23 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
-from mirror.bundle import Form, Graph, Segment
+from mirror.bundle import Form, Segment
 from mirror.errors import DeviceError
-from mirror.targets.base import Array, KVCache, LoadedSegment, Tensor, to_host
+from mirror.targets.base import PassShape, Tensor, to_host
 from mirror.targets.names import Precision
-from mirror.targets.onnxruntime_session import OnnxRuntimeDevice, OnnxRuntimeSegment, Provider
+from mirror.targets.onnxruntime_session import (
+    Bound,
+    OnnxRuntimeCache,
+    OnnxRuntimeDevice,
+    OnnxRuntimeSegment,
+    Provider,
+)
 from mirror.targets.openvino_settings import (
     check_precision,
     compile_settings,
@@ -28,59 +33,33 @@ from mirror.targets.openvino_settings import (
     kernel_cache,
     rows_graph,
 )
-from mirror.targets.static_shapes import PassShape, covering_shape, first_shapes, host_inputs, width_input
+from mirror.targets.shaped_segment import ShapedSegment
+from mirror.targets.static_shapes import past_name
 
 PROVIDER = "OpenVINOExecutionProvider"
 _REGISTRATION = "OpenVINO"
 
 
-class ShapedSegment:
-    """One graph as a session per compiled shape; each behaves like any ONNX Runtime segment."""
+class FedSegment(OnnxRuntimeSegment):
+    """One session that is given its inputs anew at every pass.
 
-    def __init__(
-        self, name: str, graph: Graph, widths: Sequence[int], load: Callable[[PassShape], LoadedSegment]
-    ) -> None:
-        """Load the first shapes; `load` makes the segment of one shape."""
-        self.name = name
-        self._load = load
-        self._widths = tuple(sorted(set(widths)))
-        self._width_input = width_input(graph)
-        self._names = frozenset(spec.name for spec in host_inputs(graph))
-        self._sessions = {shape: load(shape) for shape in first_shapes(graph, widths)}
+    With inputs bound once, as ONNX Runtime's own providers read them, drafts on an Intel CPU guessed next to
+    no token right, although the graph's first pass computes what it should.
+    """
 
-    @property
-    def widths(self) -> tuple[int, ...] | None:
-        """The widths that it was compiled for."""
-        return self._widths
-
-    @property
-    def input_names(self) -> frozenset[str]:
-        """The catalogue inputs that the graph declares."""
-        return self._names
-
-    def run(self, feeds: Mapping[str, Tensor], cache: KVCache | None, past_length: int) -> Mapping[str, Tensor]:
-        """Run one pass; see `base.LoadedSegment.run`.
-
-        Raises:
-            DeviceError: the width was not compiled, or the pass failed.
-        """
-        name, axis = self._width_input
-        width = to_host(feeds[name]).shape[axis]
-        if width not in self._widths:
-            raise DeviceError(
-                f"{self.name} is compiled for widths {self._widths}, asked for {width}; load it with that"
-            )
-        if "logit_rows" not in self._names:
-            return self._at(PassShape(width)).run(feeds, cache, past_length)
-        rows = to_host(feeds["logit_rows"])
-        shape = covering_shape(self._sessions, PassShape(width, rows.shape[0]))
-        outputs = self._at(shape).run({**feeds, "logit_rows": _padded(rows, shape.rows)}, cache, past_length)
-        return {**outputs, "logits": to_host(outputs["logits"])[:, : rows.shape[0]]}
-
-    def _at(self, shape: PassShape) -> LoadedSegment:
-        if shape not in self._sessions:
-            self._sessions[shape] = self._load(shape)
-        return self._sessions[shape]
+    def _launch(self, bound: Bound, feeds: Mapping[str, Tensor]) -> None:
+        for name, array in bound.staging.items():
+            array[...] = to_host(feeds[name])
+        buffers = bound.cache.buffers if isinstance(bound.cache, OnnxRuntimeCache) else {}
+        given = {**bound.staging, **{name: buffer.numpy() for name, buffer in buffers.items()}}
+        names = [spec.name for spec in self._outputs]
+        try:
+            results = self.session.run(names, given)
+        except Exception as error:
+            raise DeviceError(f"{self.name} failed on {self._provider.name}: {error}") from error
+        for name, result in zip(names, results, strict=True):
+            rows = bound.new_rows.get(past_name(name))
+            to_host(bound.outputs[name] if rows is None else rows)[...] = result
 
 
 class OpenVinoPluginDevice(OnnxRuntimeDevice):
@@ -98,7 +77,14 @@ class OpenVinoPluginDevice(OnnxRuntimeDevice):
         self._device = device
 
     def load_segment(  # type: ignore[override]  # any LoadedSegment serves the protocol
-        self, folder: Path, segment: Segment, *, capacity: int, widths: Sequence[int], threads: int
+        self,
+        folder: Path,
+        segment: Segment,
+        *,
+        capacity: int,
+        shapes: Sequence[PassShape],
+        threads: int,
+        later: Sequence[PassShape] = (),
     ) -> ShapedSegment:
         """Load a segment of the bundle at `folder`; see `base.Device.load_segment`.
 
@@ -112,9 +98,9 @@ class OpenVinoPluginDevice(OnnxRuntimeDevice):
             for dimension, size in shape.sizes(capacity).items():
                 options.add_free_dimension_override_by_name(dimension, size)
             session = self._open_listed(folder / graph.file, options, threads)
-            return OnnxRuntimeSegment(segment.name, session, graph, Form.ROWS, self._provider)
+            return FedSegment(segment.name, session, graph, Form.ROWS, self._provider)
 
-        return ShapedSegment(segment.name, graph, widths, load)
+        return ShapedSegment(segment.name, graph, shapes, load, later)
 
     def _open_listed(self, path: Path, options: ort.SessionOptions, threads: int) -> ort.InferenceSession:
         # Without this, nodes that the plugin leaves out would run on the CPU, unsaid.
@@ -154,8 +140,3 @@ def plugin_options(unit: str, precision: Precision, threads: int) -> dict[str, s
 
 def _text(value: Any) -> str:
     return ("YES" if value else "NO") if isinstance(value, bool) else str(value)
-
-
-def _padded(rows: Array, count: int) -> Array:
-    """Return logit rows, int64 [n], with the last one repeated up to `count`."""
-    return np.concatenate([rows, np.repeat(rows[-1:], count - rows.shape[0])])

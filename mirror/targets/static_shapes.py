@@ -1,45 +1,35 @@
 """Which shapes a device that compiles ahead is compiled for.
 
-Such a device takes a few fixed widths, and per width a fixed number of logit rows. A pass that wants
-fewer rows gets padding. The widest width is prefill's, which wants the logits of one row only;
-compiling it for all of them would cost a prompt's length times the vocabulary.
+Such a device takes a few fixed widths, and per width a fixed number of logit rows: computing them all
+would cost a prompt's length times the vocabulary. A pass that wants fewer rows gets padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 from mirror.bundle import Graph, TensorSpec
 from mirror.errors import DeviceError
+from mirror.targets.base import PassShape
 
 PAST_PREFIX = "past_key_values."
 PRESENT_PREFIX = "present."
 
 
-@dataclass(frozen=True, order=True)
-class PassShape:
-    """The free sizes of one pass.
-
-    Attributes:
-        width: rows of the pass.
-        rows: rows whose logits are wanted; 0 for a graph that doesn't ask.
-    """
-
-    width: int
-    rows: int = 0
-
-    def sizes(self, capacity: int) -> Mapping[str, int]:
-        """Return the value of every symbolic dimension."""
-        return {"width": self.width, "rows": self.rows, "capacity": capacity}
+def first_shapes(graph: Graph, shapes: Iterable[PassShape]) -> tuple[PassShape, ...]:
+    """Return the shapes to compile before the first pass, ascending, with the rows that the graph computes."""
+    asks = takes_rows(graph)
+    return tuple(sorted({PassShape(shape.width, (shape.rows or shape.width) if asks else 0) for shape in shapes}))
 
 
-def first_shapes(graph: Graph, widths: Sequence[int]) -> tuple[PassShape, ...]:
-    """Return the shapes to compile before the first pass, one per width, ascending."""
-    ascending = sorted(set(widths))
-    if not takes_rows(graph):
-        return tuple(PassShape(width) for width in ascending)
-    return tuple(PassShape(width, 1 if width == ascending[-1] and len(ascending) > 1 else width) for width in ascending)
+def widths_of(shapes: Iterable[PassShape]) -> tuple[int, ...]:
+    """Return the distinct widths of some shapes, ascending."""
+    return tuple(sorted({shape.width for shape in shapes}))
+
+
+def rows_outputs(graph: Graph) -> frozenset[str]:
+    """Return the outputs that have a row per wanted logit row, not per row of the pass."""
+    return frozenset(spec.name for spec in graph.outputs if "rows" in spec.shape)
 
 
 def covering_shape(shapes: Iterable[PassShape], wanted: PassShape) -> PassShape:

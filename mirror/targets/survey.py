@@ -13,7 +13,10 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from mirror.errors import DeviceError
+
 INSTALL_OPENVINO = 'pip install "mirror-sd[openvino]"'
+INSTALL_QNN = 'pip install "mirror-sd[qnn]"'
 
 _BOTH = "target, draft"
 _DRIVERS = {
@@ -45,7 +48,7 @@ class DeviceInfo:
 
 def list_devices() -> tuple[DeviceInfo, ...]:
     """Return every device that this machine offers, then the missing ones with the reason."""
-    found = (_cpu(), *_cuda(), *_openvino())
+    found = (_cpu(), *_cuda(), *_openvino(), _qnn())
     return tuple(sorted(found, key=lambda device: not device.available))
 
 
@@ -87,7 +90,7 @@ def _openvino() -> tuple[DeviceInfo, ...]:
         return tuple(DeviceInfo(f"openvino:{unit}", False, reason=missing) for unit in ("CPU", "GPU", "NPU"))
     native = {} if missing is not None else _native_units()
     units = sorted({*native, *plugin})
-    present = [_openvino_device(unit, native.get(unit, unit), plugin=unit in plugin) for unit in units]
+    present = [_openvino_device(unit, native.get(unit, unit), plugin=unit not in native) for unit in units]
     absent = [kind for kind in ("CPU", "GPU", "NPU") if not any(unit.startswith(kind) for unit in units)]
     return (*present, *(_no_openvino_device(kind, units) for kind in absent))
 
@@ -96,6 +99,34 @@ def _openvino_device(unit: str, description: str, *, plugin: bool) -> DeviceInfo
     package = "onnxruntime-ep-openvino" if plugin else "openvino"
     segments = "draft" if unit == "NPU" else _BOTH
     return DeviceInfo(f"openvino:{unit}", True, description, package, importlib.metadata.version(package), segments)
+
+
+def _qnn() -> DeviceInfo:
+    from mirror.targets.qnn import is_emulated, qnn_missing
+
+    missing = qnn_missing()
+    if missing is not None:
+        return DeviceInfo("qnn:htp", False, reason=missing)
+    version = importlib.metadata.version("onnxruntime-qnn")
+    if is_emulated():
+        what = "Hexagon NPU, emulated on the CPU: right tokens, no speed (also as qnn:htp)"
+        return DeviceInfo("qnn:emulator", True, what, "onnxruntime-qnn", version, "draft")
+    return DeviceInfo("qnn:htp", True, "Hexagon NPU", "onnxruntime-qnn", version, "draft")
+
+
+def npu_name() -> str:
+    """Return the name of whichever NPU this machine has; an emulator is none.
+
+    Raises:
+        DeviceError: it has none that a library here sees; the message says what each says.
+    """
+    found = {device.name: device for device in (*_openvino(), _qnn())}
+    present = [name for name in ("qnn:htp", "openvino:NPU") if name in found and found[name].available]
+    if present:
+        return present[0]
+    reasons = [f"{name}: {found[name].reason}" for name in ("openvino:NPU", "qnn:htp") if name in found]
+    emulated = ["qnn:emulator can check an NPU's programs, slowly"] if "qnn:emulator" in found else []
+    raise DeviceError(f"this machine has no NPU that a library here sees; {'; '.join(reasons + emulated)}")
 
 
 def _no_openvino_device(kind: str, units: list[str]) -> DeviceInfo:

@@ -1,0 +1,1 @@
+"""`mirror compile`: a bundle's draft, compiled ahead of time for one device."""

@@ -1,0 +1,211 @@
+"""A trained draft's graphs against torch: streams, features, a trimmed vocabulary, weights stored in 8 bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mirror.bundle import Form, Manifest
+from mirror.errors import ExportError
+from mirror.export import build
+from mirror.export.build import ExportOptions, export_bundle
+from mirror.export.checkpoint import open_checkpoint
+from mirror.export.recut import recut_bundle
+from mirror.runtime.feeds import FeedPool
+from mirror.targets.base import PassShape, to_host
+from mirror.targets.cpu import CpuDevice
+from tests.families import make_checkpoint
+from tests.test_export import distilled_record
+
+HIDDEN, STREAMS, FED_BY, EPSILON = 32, 3, 2, 1e-3
+CAPACITY = 24
+TOKENS = [5, 9, 2, 7, 11]
+KEPT = 40
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("target") / "llama")
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    folder = tmp_path_factory.mktemp("distilled") / "d"
+    (folder / "draft").mkdir(parents=True)
+    checkpoint = open_checkpoint(str(llama))
+    config = checkpoint.config
+    config.num_hidden_layers = 1
+    config.save_pretrained(folder / "draft")
+    random = torch.Generator().manual_seed(0)
+    tensors = load_file(llama / "model.safetensors")
+    own = {name: value for name, value in tensors.items() if ".layers.0." in name or name == "model.norm.weight"}
+    own |= {
+        "streams.weight": torch.randn((STREAMS, HIDDEN), generator=random),
+        "features.norm.weight": torch.rand(HIDDEN, generator=random) + 0.5,
+        "features.weight": torch.randn((HIDDEN, HIDDEN), generator=random) / 4,
+        "features.absent": torch.randn(HIDDEN, generator=random),
+    }
+    up = "model.layers.0.mlp.up_proj.weight"
+    scale = own[up].abs().amax(dim=1) / 127
+    own[up], own[up + ".scale"] = torch.round(own[up] / scale[:, None]).to(torch.int8), scale
+    save_file(own, folder / "draft" / "model.safetensors")
+    ids = torch.randperm(int(config.vocab_size), generator=random).to(torch.int32)
+    save_file({"ids": ids}, folder / "vocabulary.safetensors")
+    facts = {
+        "name": "t",
+        "fingerprint": open_checkpoint(str(llama)).fingerprint,
+        "tokenizer_fingerprint": _no_tokenizer(),
+    }
+    record = distilled_record(
+        facts,
+        norm_eps=EPSILON,
+        vocabulary=KEPT,
+        draft={"layers": [0], "parameters": 1, "streams": STREAMS, "feature_layer": FED_BY},
+        defaults={"exit_layer": FED_BY, "fanout": [6, 2, 2, 2], "tokens_per_pass": [2, 3], "candidates": "draft"},
+    )
+    (folder / "distill.json").write_text(json.dumps(record))
+    return folder
+
+
+def _print_of(checkpoint: Path) -> str:
+    return open_checkpoint(str(checkpoint)).fingerprint
+
+
+def _no_tokenizer() -> str:
+    return build.tokenizer_fingerprint(None)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, llama: Path, distilled: Path) -> tuple[Path, Manifest]:
+    folder = tmp_path_factory.mktemp("bundle") / "b"
+    options = ExportOptions(draft=str(distilled), gamma=3, max_length=128)
+    return folder, export_bundle(str(llama), folder, options).manifest
+
+
+def test_the_training_decides_what_the_user_leaves_open(bundle: tuple[Path, Manifest]) -> None:
+    _, manifest = bundle
+    assert (manifest.decoding.exit_layer, manifest.decoding.kappa) == (FED_BY, 8)
+    assert manifest.draft is not None
+    assert (manifest.draft.streams, manifest.draft.feature_layer, manifest.draft.vocabulary) == (STREAMS, FED_BY, KEPT)
+    assert manifest.settings.fanout == (6, 2, 2, 2)
+    assert manifest.settings.tokens_per_pass == (2, 3)
+    assert manifest.settings.candidates == "draft"
+
+
+def _torch_candidates(llama: Path, distilled: Path, features: np.ndarray, rows: list[int]) -> tuple[list, np.ndarray]:
+    """Return the likeliest nine tokens and their log-probabilities over a line of tokens and two streams."""
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(distilled / "draft"), dtype=torch.float32
+    ).eval()
+    own = load_file(distilled / "draft" / "model.safetensors")
+    up = "model.layers.0.mlp.up_proj.weight"
+    own[up] = own[up].float() * own.pop(up + ".scale")[:, None]
+    target = load_file(llama / "model.safetensors")
+    model.load_state_dict({**{n: t for n, t in target.items() if n in model.state_dict()}, **_plain(own)}, strict=False)
+    width = len(TOKENS) + 2
+    with torch.no_grad():
+        embedded = torch.cat([model.get_input_embeddings()(torch.tensor(TOKENS)), own["streams.weight"][:2]])
+        state = torch.nn.functional.rms_norm(
+            torch.from_numpy(features), (HIDDEN,), own["features.norm.weight"], EPSILON
+        )
+        has = torch.tensor([False, True, True, True, True, False, False])[:, None]
+        embedded = embedded + torch.where(has, state @ own["features.weight"].T, own["features.absent"])
+        mask = torch.full((width, width), -1e9).triu(1)[None, None]
+        places = torch.arange(width)[None]
+        hidden = model.base_model(
+            inputs_embeds=embedded[None], attention_mask=mask, position_ids=places, use_cache=False
+        ).last_hidden_state[0]
+        ids = load_file(distilled / "vocabulary.safetensors")["ids"].long()[:KEPT]
+        logits = model.get_output_embeddings()(hidden[rows])[:, ids]
+        top = torch.log_softmax(logits, -1).topk(9)
+    return ids[top.indices].tolist(), top.values.numpy()
+
+
+def _plain(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in own.items() if not name.startswith(("streams.", "features."))}
+
+
+@pytest.mark.parametrize("form", list(Form))
+def test_graphs_compute_what_torch_does(
+    bundle: tuple[Path, Manifest], llama: Path, distilled: Path, form: Form
+) -> None:
+    folder, manifest = bundle
+    width = len(TOKENS) + 2
+    features = np.random.default_rng(0).standard_normal((width, HIDDEN)).astype(np.float32)
+    vocab = manifest.model.vocab_size
+    feeds = FeedPool(CAPACITY, 64).at(width)
+    places = np.arange(width)
+    feeds.fill_rows(
+        np.array([*TOKENS, vocab, vocab + 1]),
+        places,
+        np.minimum(places + 1, len(TOKENS)),
+        np.array([-2] * len(TOKENS) + [0, 0]),
+        0,
+    )
+    slots = feeds.tensors["slot_branch"]
+    assert isinstance(slots, np.ndarray)
+    slots[len(TOKENS) : width] = 0
+    rows = [4, 5, 6]
+    fed = np.array([0, 1, 1, 1, 1, 0, 0], np.float32)
+    tensors = {**feeds.tensors, "logit_rows": np.array(rows), "features": features[None], "feature_rows": fed}
+    ids, logprobs = _torch_candidates(llama, distilled, features, rows)
+    found = {}
+    for name in ("draft", "draft_trunk"):
+        device, segment = CpuDevice(form), manifest.segments[name]
+        loaded = device.load_segment(folder, segment, capacity=CAPACITY, shapes=[PassShape(width, 3)], threads=1)
+        outputs = loaded.run(tensors, device.make_cache(segment.kv, CAPACITY), 0)
+        found |= {name + output: to_host(tensor).copy() for output, tensor in outputs.items()}
+    assert found["draft_trunkcandidate_ids"][0].tolist() == ids
+    np.testing.assert_allclose(found["draft_trunkcandidate_logprobs"][0], logprobs, atol=2e-5)
+    assert found["drafttoken_ids"][0].tolist() == found["draft_trunktoken_ids"][0].tolist() == [row[0] for row in ids]
+
+
+def test_the_exit_head_speaks_the_same_trimmed_vocabulary(bundle: tuple[Path, Manifest], distilled: Path) -> None:
+    folder, manifest = bundle
+    kept = set(load_file(distilled / "vocabulary.safetensors")["ids"][:KEPT].tolist())
+    device = CpuDevice()
+    loaded = device.load_segment(
+        folder, manifest.segments["exit_head"], capacity=CAPACITY, shapes=[PassShape(3)], threads=1
+    )
+    hidden = np.random.default_rng(1).standard_normal((1, 3, HIDDEN)).astype(np.float32)
+    outputs = loaded.run({"hidden_states": hidden, "position_ids": np.zeros((1, 3), np.int64)}, None, 0)
+    assert set(to_host(outputs["candidate_ids"]).ravel().tolist()) <= kept
+
+
+def test_a_whole_vocabulary_on_request(tmp_path: Path, llama: Path, distilled: Path) -> None:
+    options = ExportOptions(draft=str(distilled), gamma=2, max_length=128, draft_vocabulary=0)
+    manifest = export_bundle(str(llama), tmp_path / "b", options).manifest
+    assert manifest.draft is not None
+    assert manifest.draft.vocabulary == manifest.draft.vocab_size
+    # Three positions, and the training's fan-out is for four.
+    assert manifest.settings.fanout is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"exit_layer": "1"}, "--exit-layer is 1 and the draft is fed by the state after layer 2"),
+        ({"draft_vocabulary": 90}, r"--draft-vocabulary is 90 and ngram ranks no tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path, llama: Path, distilled: Path, changes: dict[str, object], says: str
+) -> None:
+    draft = "ngram" if "draft_vocabulary" in changes else str(distilled)
+    with pytest.raises(ExportError, match=says):
+        export_bundle(str(llama), tmp_path / "b", ExportOptions(draft=draft, max_length=128, **changes))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_exit_layer_is_refused_where_the_draft_is_fed(bundle: tuple[Path, Manifest], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="fed by the state after layer 2"):
+        recut_bundle(bundle[0], exit_layer="3", output=tmp_path / "r")
+    renewed = recut_bundle(bundle[0], kappa=4, output=tmp_path / "r")
+    assert renewed.settings.fanout is None
+    assert renewed.settings.tokens_per_pass == (2, 3)

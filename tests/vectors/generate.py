@@ -1,0 +1,428 @@
+"""The contract between hosts in all languages, as data: `python -m tests.vectors.generate`.
+
+Writes `*.json` beside this file. Expected values come from the Python package's pure parts and, for
+generations' tokens, from the tables themselves (`tests.lookup.oracle_*`): no engine, cache or window is
+asked. Only what a round proposed and reused is what this package's engine says.
+`python -m tests.vectors.generate --bundles FOLDER` writes the bundles that `generations.json` names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mirror
+from mirror.bundle import MANIFEST_NAME, FileFacts, Form, check_files, read_manifest, write_manifest
+from mirror.errors import BundleError
+from mirror.runtime.acceptance import verify
+from mirror.runtime.candidates import choose_branches
+from mirror.runtime.feeds import chunk_width
+from mirror.runtime.lookahead import branch_passes
+from mirror.runtime.noise import gumbel, philox, uniforms
+from mirror.runtime.records import Candidates, FinishReason
+from mirror.runtime.sampling import CoupledNoise, Sampler, SamplingParams
+from mirror.runtime.stopping import Stopping
+from tests.lookup import Lookup, LookupBundle, agreeing_table, oracle_logits, random_table, write_bundle
+
+FOLDER = Path(__file__).parent
+PROMPT = (1, 2, 3, 4, 5, 6, 7)
+
+# The bundles of `generations.json`, by name.
+
+_TARGET = Lookup(random_table(1, 97, 23))
+_WIDE = Lookup(random_table(4, 53, 200, spread=1.0))
+_CHAIN = Lookup(random_table(51, 11, 11), context=0)
+
+BUNDLES = {
+    "context": LookupBundle(_TARGET, Lookup(agreeing_table(_TARGET.table, 0.8, 2)), random_table(3, 97, 23)),
+    "wide": LookupBundle(
+        _WIDE, Lookup(agreeing_table(_WIDE.table, 0.7, 5)), random_table(6, 53, 200), gamma=4, kappa=5
+    ),
+    "perfect": LookupBundle(_TARGET, _TARGET, random_table(3, 97, 23), gamma=4, kappa=3, eos=(21,)),
+    "streams": LookupBundle(
+        _TARGET, Lookup(agreeing_table(_TARGET.table, 0.8, 2)), random_table(3, 97, 23), gamma=5, kappa=3, streams=2
+    ),
+    "fed": LookupBundle(
+        _TARGET, Lookup(agreeing_table(_TARGET.table, 0.8, 2)), random_table(3, 97, 23), gamma=3, feature_layer=1
+    ),
+    "ngram": LookupBundle(_CHAIN, None, random_table(9, 11, 11), draft_kind="ngram"),
+    "alone": LookupBundle(_TARGET),
+}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation of a bundle; hosts run it in every mode that the bundle serves."""
+
+    bundle: str
+    prompt: tuple[int, ...] = PROMPT
+    max_new_tokens: int = 40
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    tokens_per_pass: tuple[int, ...] | None = None
+
+
+_SAMPLED = SamplingParams(1.2, top_k=12, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=77)
+
+GENERATIONS = (
+    Generation("context"),
+    Generation("context", (5,), 20),
+    Generation("context", tuple(range(20)), 100),
+    Generation("context", sampling=_SAMPLED),
+    Generation("context", sampling=SamplingParams(0.7, seed=2**64 - 1)),
+    Generation("wide", max_new_tokens=30),
+    Generation("wide", max_new_tokens=30, sampling=SamplingParams(1.0, seed=5)),
+    Generation("wide", max_new_tokens=30, sampling=SamplingParams(1.5, top_p=0.9, seed=5)),
+    Generation("perfect"),
+    Generation("perfect", (2, 9), sampling=SamplingParams(1.0, seed=3)),
+    Generation("streams", tokens_per_pass=(3,)),
+    Generation("streams", tokens_per_pass=(2, 1), sampling=SamplingParams(0.8, seed=9)),
+    Generation("fed"),
+    Generation("fed", sampling=SamplingParams(0.8, seed=9)),
+    Generation("ngram", max_new_tokens=50),
+    Generation("alone", max_new_tokens=20),
+)
+
+
+def write_bundles(folder: Path) -> None:
+    """Write every bundle of `generations.json` into a folder."""
+    for name, spec in BUNDLES.items():
+        write_bundle(folder / name, spec)
+
+
+# What the files hold.
+
+
+def noise() -> dict[str, Any]:
+    """Return Philox blocks, uniforms and Gumbels."""
+    counters = [
+        ([0, 0, 0, 0], (0, 0)),
+        ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF)),
+        ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], (0xA4093822, 0x299F31D0)),
+    ]
+    draws = [(0, 0, 0), (7, 3, 5), (2**64 - 1, 2**40, 49151), (2**32, 1, 0xFFFFFFFF), (12345678901234567890, 17, 2)]
+    return {
+        "philox": [
+            {
+                "counter": counter,
+                "key": list(key),
+                "words": philox(np.array(counter, np.uint64)[:, None], key)[:, 0].tolist(),
+            }
+            for counter, key in counters
+        ],
+        "uniforms": [
+            # Seeds past 2**53 are strings: not every JSON reader keeps them as numbers.
+            {
+                "seed": str(seed),
+                "position": position,
+                "token": token,
+                "uniform": value,
+                "gumbel": round(float(gumbel(np.array(value))), 10),
+            }
+            for seed, position, token in draws
+            for value in [float(uniforms(seed, position, np.array([token], np.int64))[0])]
+        ],
+    }
+
+
+def formula_logits(seed: int, vocab: int, spread: float) -> np.ndarray:
+    """Return float32 [vocab], spread * (2 u - 1) of the uniforms of (seed, position 0, token)."""
+    return (spread * (2.0 * uniforms(seed, 0, np.arange(vocab)) - 1.0)).astype(np.float32)
+
+
+def sampling() -> list[dict[str, Any]]:
+    """Return rows of logits and the token that each gives."""
+    rows: list[tuple[dict[str, Any], np.ndarray]] = [
+        ({"values": [1.0, 4.0, 4.0, -2.0]}, np.array([1, 4, 4, -2], np.float32)),
+        ({"values": [0.0] * 100}, np.zeros(100, np.float32)),
+        ({"values": [0.5, None, 0.25, None]}, np.array([0.5, -np.inf, 0.25, -np.inf], np.float32)),
+    ]
+    rows += [
+        ({"seed": seed, "vocab": vocab, "spread": spread}, formula_logits(seed, vocab, spread))
+        for seed, vocab, spread in [(1, 7, 2.0), (2, 64, 3.0), (3, 65, 3.0), (4, 1000, 6.0), (5, 5000, 1.0)]
+    ]
+    params = [
+        SamplingParams(),
+        SamplingParams(repetition_penalty=1.7),
+        SamplingParams(1.0, seed=11),
+        SamplingParams(0.3, seed=2**63 + 5),
+        SamplingParams(1.0, top_k=5, seed=1),
+        SamplingParams(1.5, top_p=0.8, seed=2),
+        SamplingParams(1.0, top_p=0.999, seed=3),
+        SamplingParams(1.0, min_p=0.1, seed=4),
+        SamplingParams(0.8, top_k=100, top_p=0.9, min_p=0.02, repetition_penalty=1.3, seed=5),
+        SamplingParams(2.0, top_k=70, repetition_penalty=0.8, seed=6),
+    ]
+    cases = []
+    for source, logits in rows:
+        for item in params:
+            context = [0, 1, 1, 3]
+            sampler = Sampler(item, logits.size, np.array(context))
+            positions = [0, 1, 17, 2**33]
+            tokens = [sampler.choose(logits, position) for position in positions]
+            cases.append(
+                {
+                    "logits": source,
+                    "context": context,
+                    "sampling": _sampling(item),
+                    "positions": positions,
+                    "tokens": tokens,
+                }
+            )
+    return cases
+
+
+def _sampling(params: SamplingParams) -> dict[str, Any]:
+    return {**asdict(params), "seed": str(params.seed)}
+
+
+def rounds() -> dict[str, Any]:
+    """Return the pure steps of a round: branches, verification, order by noise, passes, widths, endings."""
+    return {
+        "branches": [_branches_case(*case) for case in _BRANCHES],
+        "verify": [_verify_case(*case) for case in _VERIFY],
+        "noise_order": _noise_case(),
+        "passes": [_passes_case(*case) for case in [((1,), 7), ((3,), 7), ((2, 1), 5), ((4, 2, 1), 9), ((3,), 2)]],
+        "chunks": [
+            {"widths": list(widths), "rows": rows, "room": room, "taken": list(chunk_width(widths or None, rows, room))}
+            for widths in ((), (1, 8, 128), (1, 4), (16,))
+            for rows, room in [(1, 200), (5, 200), (8, 200), (9, 200), (70, 200), (200, 500), (100, 100), (20, 30)]
+        ],
+        "endings": [
+            _ending_case(*case)
+            for case in [((), 5, (1, 2, 3)), ((3,), 5, (1, 3, 3, 4)), ((4,), 2, (1, 2, 4)), ((2,), 2, (1, 2))]
+        ],
+    }
+
+
+_BRANCHES = [
+    ((5, 6, 7), [[[6, 1, 2], [7, 7, 3], [4, 5, 6]]], (2, 2, 2)),
+    ((5, 6, 7), [[[6, 1, 2], [8, 1, 3], [4, 5, 6]], [[1, 9, 2], [3, 2, 7], [-1, -1, -1]]], (2, 3, 3)),
+    ((5,), [[[1, 2, 3, 4]], [[2, 1, 8, 8]]], (4,)),
+    ((5, 6), [[[-1, -1], [0, -1]]], (3, 0)),
+    ((1, 2, 3, 4), [[[9, 8], [9, 8], [9, 8], [9, 8]]], (2, 1, 0, 2)),
+]
+_VERIFY = [((5, 6, 7), (6, 7, 9)), ((5, 6, 7), (6, 8, 9)), ((5, 6, 7), (0, 7, 9)), ((5,), (4,))]
+
+
+def _branches_case(window: Sequence[int], sources: Sequence[Any], fanout: Sequence[int]) -> dict[str, Any]:
+    found = choose_branches(
+        np.array(window), [Candidates(np.array(ids), None) for ids in sources], np.array(fanout, np.int64)
+    )
+    pairs = list(zip(found.accepted.tolist(), found.next_tokens.tolist(), strict=True))
+    return {"window": window, "sources": sources, "fanout": fanout, "branches": pairs}
+
+
+def _verify_case(window: Sequence[int], choices: Sequence[int]) -> dict[str, Any]:
+    outcome = verify(window, lambda row: choices[row])
+    return {"window": window, "choices": choices, "accepted": outcome.accepted, "next": outcome.next_token}
+
+
+def _noise_case() -> dict[str, Any]:
+    ids = np.array([[3, 1, 4, -1], [9, 2, 6, 5], [1, 1, 0, 7]], np.int64)
+    logprobs = np.array([[-0.5, -1.25, -2, -3], [-1, -1, -1, -1], [-0.125, -3, -4, -4.5]], np.float32)
+    positions = np.array([4, 5, 6])
+    ordered = CoupledNoise(12, 0.7).ordered(Candidates(ids, logprobs), positions)
+    return {
+        "seed": "12",
+        "temperature": 0.7,
+        "positions": positions.tolist(),
+        "ids": ids.tolist(),
+        "logprobs": logprobs.tolist(),
+        "ordered": ordered.ids.tolist(),
+    }
+
+
+def _passes_case(tokens_per_pass: tuple[int, ...], depth: int) -> dict[str, Any]:
+    passes = [[item.real, item.gives] for item in branch_passes(tokens_per_pass, depth)]
+    return {"tokens_per_pass": tokens_per_pass, "depth": depth, "passes": passes}
+
+
+def _ending_case(eos: Sequence[int], limit: int, tokens: tuple[int, ...]) -> dict[str, Any]:
+    kept, reason = Stopping(eos, limit, None).cut(tokens)
+    return {"eos": eos, "limit": limit, "tokens": tokens, "kept": kept, "reason": reason.value if reason else None}
+
+
+# Manifests: a good one as text, and edits of that text. `[from, to]` stands for one place in it.
+
+_NOTE, _NOTE_TEXT = "note.txt", "hello"
+
+_EDITS: list[tuple[str, tuple[str, str]]] = [
+    ("good", ("", "")),
+    ("another gamma", ('"gamma": 1', '"gamma": 7')),
+    ("settings that say something", ('"mode": null', '"mode": "serial"')),
+    ("a fanout", ('"fanout": null', '"fanout": [2, 0]')),
+    ("an absent setting", ('"tokens_per_pass": null,', "")),
+    ("no json", ('"schema_version"', "schema_version")),
+    ("cut short", ('"files"', '"files')),
+    ("an older version", ('"schema_version": 2', '"schema_version": 1')),
+    ("a version in text", ('"schema_version": 2', '"schema_version": "2"')),
+    ("an unknown key at the top", ('"producer"', '"colour": 1, "producer"')),
+    ("an unknown key inside", ('"gamma"', '"delta": 1, "gamma"')),
+    ("a missing key", ('"gamma": 1,', "")),
+    ("a number in text", ('"gamma": 1', '"gamma": "1"')),
+    ("a fraction", ('"gamma": 1', '"gamma": 1.5')),
+    ("a boolean for a number", ('"gamma": 1', '"gamma": true')),
+    ("gamma below 1", ('"gamma": 1', '"gamma": 0')),
+    ("a negative end token", ('"eos": []', '"eos": [-1]')),
+    ("a text for a list", ('"eos": []', '"eos": "x"')),
+    ("an unknown precision", ('"precision": "fp32"', '"precision": "fp8"')),
+    ("an unknown draft kind", ('"kind": "model"', '"kind": "magic"')),
+    ("negative streams", ('"streams": 0', '"streams": -1')),
+    ("an unknown mode", ('"mode": null', '"mode": "auto"')),
+    ("an empty fanout", ('"fanout": null', '"fanout": []')),
+    ("a negative fanout", ('"fanout": null', '"fanout": [1, -1]')),
+    ("tokens per pass of 0", ('"tokens_per_pass": null', '"tokens_per_pass": [0]')),
+    ("a device that is a number", ('"target_device": null', '"target_device": 0')),
+    ("a hash that is none", ('"tokenizer_fingerprint": "', '"tokenizer_fingerprint": "z')),
+    ("an unknown dtype", ('"dtype": "int64"', '"dtype": "int8"')),
+    ("an unknown dimension", ('"width"', '"breadth"')),
+    ("a segment of another name", ('"exit_head": {', '"exit_tail": {')),
+    ("a negative file size", ('"bytes": ', '"bytes": -')),
+    ("a file that is listed and missing", ('"note.txt": {', '"note_2.txt": {')),
+    ("a file of another size", ('"bytes": ', '"bytes": 9')),
+]
+
+
+def manifests(folder: Path) -> dict[str, Any]:
+    """Return a good manifest as text, and edits with what a host says of them.
+
+    The folder of such a manifest needs one file beside it, which `file` gives.
+
+    Args:
+        folder: a bundle whose manifest is taken as the model.
+    """
+    (folder / _NOTE).write_text(_NOTE_TEXT, encoding="utf-8")
+    files = {_NOTE: FileFacts(len(_NOTE_TEXT), hashlib.sha256(_NOTE_TEXT.encode()).hexdigest())}
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), files=files))
+    text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+    cases = []
+    for name, (old, new) in _EDITS:
+        edited = text.replace(old, new, 1) if old else text
+        assert edited != text or not old, f"the edit {name!r} changes nothing"
+        cases.append({"name": name, "from": old, "to": new, "error": _refusal(folder, edited)})
+    return {"manifest": text, "file": {"name": _NOTE, "content": _NOTE_TEXT}, "cases": cases}
+
+
+def _refusal(folder: Path, text: str) -> str | None:
+    """Return what is said of a manifest, from where it no longer names a path; None if it is good."""
+    path = folder / MANIFEST_NAME
+    before = path.read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
+    try:
+        check_files(folder, read_manifest(folder))
+    except BundleError as error:
+        # What follows a parser's own words, or the folder, differs from host to host.
+        return str(error).replace(str(path), "", 1).lstrip(": ").partition(str(folder))[0].partition(" (")[0].strip()
+    finally:
+        path.write_text(before, encoding="utf-8")
+    return None
+
+
+def small_bundle() -> LookupBundle:
+    """Return the bundle whose manifest is edited."""
+    return LookupBundle(_CHAIN, _CHAIN, random_table(9, 11, 11), gamma=1, kappa=1, forms=(Form.INPLACE,))
+
+
+def generations(bundles: Path) -> list[dict[str, Any]]:
+    """Return generations with their tokens, by the tables alone, and the rounds of this package's engine.
+
+    Args:
+        bundles: the folder that `write_bundles` filled.
+    """
+    return [_generation_case(item, bundles) for item in GENERATIONS]
+
+
+def _modes(spec: LookupBundle) -> list[str]:
+    return ["plain"] if spec.draft is None and spec.draft_kind == "model" else ["plain", "serial", "mirror"]
+
+
+def engine_rounds(item: Generation, bundles: Path) -> dict[str, list[list[Any]]]:
+    """Return by mode what each round proposed, accepted, committed, whether it was reused, and its branches."""
+    modes, found = _modes(BUNDLES[item.bundle]), {}
+    with mirror.load(
+        bundles / item.bundle, mode=modes[-1], candidates="both", threads=1, tokens_per_pass=item.tokens_per_pass
+    ) as engine:
+        for mode in modes:
+            result = engine.generate_tokens(
+                item.prompt, max_new_tokens=item.max_new_tokens, mode=mode, **asdict(item.sampling)
+            )
+            found[mode] = [[r.proposed, r.accepted, r.committed, r.reused, r.branches] for r in result.rounds]
+    return found
+
+
+def _generation_case(item: Generation, bundles: Path) -> dict[str, Any]:
+    spec = BUNDLES[item.bundle]
+    room = spec.max_length - len(item.prompt)
+    tokens = oracle_tokens(spec, item.prompt, min(item.max_new_tokens, room), item.sampling)
+    stopped = tokens[-1] in spec.eos
+    return {
+        "bundle": item.bundle,
+        "prompt": item.prompt,
+        "max_new_tokens": item.max_new_tokens,
+        "sampling": _sampling(item.sampling),
+        "tokens_per_pass": item.tokens_per_pass,
+        "modes": _modes(spec),
+        "tokens": tokens,
+        "finish_reason": (FinishReason.STOP if stopped else FinishReason.LENGTH).value,
+        "rounds": engine_rounds(item, bundles),
+    }
+
+
+def oracle_tokens(spec: LookupBundle, prompt: Sequence[int], count: int, params: SamplingParams) -> list[int]:
+    """Return the continuation of a prompt by the target's table and the law of sampling alone."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count and (len(tokens) == len(prompt) or tokens[-1] not in spec.eos):
+        sampler = Sampler(params, spec.target.vocab_size, np.array(tokens))
+        tokens.append(sampler.choose(oracle_logits(spec.target, tokens), len(tokens)))
+    return tokens[len(prompt) :]
+
+
+def contents() -> dict[str, Any]:
+    """Return what each file holds, by its name."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = Path(folder)
+        write_bundles(bundles)
+        return {
+            "noise": noise(),
+            "sampling": sampling(),
+            "rounds": rounds(),
+            "manifests": manifests(write_bundle(bundles / "small", small_bundle())),
+            "generations": generations(bundles),
+        }
+
+
+def as_text(content: Any) -> str:
+    """Return a file's text: one case a line, so that a change shows as the lines that it touches."""
+    if isinstance(content, list):
+        return "[\n" + ",\n".join(json.dumps(item, ensure_ascii=False) for item in content) + "\n]\n"
+    inner = ",\n".join(f"{json.dumps(key)}: {_value_text(value)}" for key, value in content.items())
+    return "{\n" + inner + "\n}\n"
+
+
+def _value_text(value: Any) -> str:
+    return as_text(value).rstrip() if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
+
+
+def main() -> None:
+    """Write the files, or the bundles."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundles", type=Path, help="write the bundles into this new folder instead")
+    options = parser.parse_args()
+    if options.bundles is not None:
+        write_bundles(options.bundles)
+        return
+    for name, content in contents().items():
+        (FOLDER / f"{name}.json").write_text(as_text(content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
