@@ -6,6 +6,7 @@ without `--debug`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -275,6 +276,68 @@ def tune(
         return
     print_table(report.columns, report.cells())
     print_notice(report.reason + (" (not written: --dry-run)" if dry_run else f"; written to {bundle}"))
+
+
+@main.command(name="compile")
+@click.argument("bundle", type=FOLDER)
+@click.option(
+    "--for",
+    "compile_for",
+    multiple=True,
+    required=True,
+    metavar="DEVICE",
+    help="What to compile the draft for: qnn:v73, qnn:v75, qnn:v81, openvino:CPU|GPU|NPU; repeatable.",
+)
+@click.option("--gamma", type=click.IntRange(min=1), help="Draft tokens of a window.  [default: the bundle's]")
+@click.option("--kappa", type=click.IntRange(min=1), help="Candidates of a position.  [default: the bundle's]")
+@click.option(
+    "--fanout", metavar="COUNTS", callback=read_counts, help="Branches per window position.  [default: the bundle's]"
+)
+@click.option(
+    "--tokens-per-pass",
+    metavar="COUNTS",
+    callback=read_counts,
+    help="Tokens that each rollout pass gives a branch.  [default: the bundle's setting, else 1]",
+)
+@click.option("--max-length", type=click.IntRange(min=2), help="Capacity in tokens.  [default: the bundle's]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads in all.  [default: the physical cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@debug_option
+def compile_ahead(
+    bundle: Path,
+    compile_for: tuple[str, ...],
+    gamma: int | None,
+    kappa: int | None,
+    fanout: tuple[int, ...] | None,
+    tokens_per_pass: tuple[int, ...] | None,
+    max_length: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Compile a BUNDLE's draft ahead of time, beside its graphs, so that a device loads it at once.
+
+    What is compiled fits one set of sizes: give the options that `mirror run` will be given.
+    """
+    from mirror.compile.ahead import compile_bundle
+    from mirror.runtime.options import EngineOptions
+    from mirror.targets import open_compiler
+
+    options = EngineOptions(
+        threads=threads,
+        max_length=max_length,
+        gamma=gamma,
+        kappa=kappa,
+        fanout=fanout,
+        tokens_per_pass=tokens_per_pass,
+    )
+    reports = [compile_bundle(bundle, open_compiler(name), options, print_notice) for name in compile_for]
+    if as_json:
+        print_json({"compiled": [dataclasses.asdict(report) for report in reports]})
+        return
+    for report in reports:
+        print_notice(
+            f"{report.device}: {len(report.made)} compiled, {len(report.kept)} kept as they were, {size(report.bytes)}"
+        )
 
 
 @main.command()

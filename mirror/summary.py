@@ -12,7 +12,10 @@ from pathlib import Path
 from mirror.bundle import Form, Manifest, Segment, read_manifest
 
 # A graph keeps its cache in place, which ONNX Runtime's own devices do, or hands its rows to the host.
-DEVICES_OF_FORM = {Form.INPLACE: ("cpu", "cuda"), Form.ROWS: ("openvino:CPU", "openvino:GPU", "openvino:NPU")}
+DEVICES_OF_FORM = {
+    Form.INPLACE: ("cpu", "cuda"),
+    Form.ROWS: ("openvino:CPU", "openvino:GPU", "openvino:NPU", "qnn:htp"),
+}
 
 
 @dataclass(frozen=True)

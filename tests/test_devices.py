@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
@@ -225,6 +226,54 @@ def test_a_session_that_falls_back_to_the_cpu_is_refused(tmp_path: Path) -> None
         open_device("cuda:0").load_segment(tmp_path, segment, capacity=8, shapes=[PassShape(1)], threads=1)
 
 
+class _Session:
+    """Stands for a session that loaded; `left` are the operators that don't run on the GPU."""
+
+    def __init__(self, left: tuple[str, ...]) -> None:
+        self._left = left
+
+    def get_provider_graph_assignment_info(self) -> list[SimpleNamespace]:
+        nodes = [SimpleNamespace(op_type=name) for name in self._left]
+        gpu = SimpleNamespace(ep_name=cuda.PROVIDER, get_nodes=lambda: [SimpleNamespace(op_type="GroupQueryAttention")])
+        return [gpu, SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: nodes)]
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Sessions load without a GPU: whether each was to be recorded. Where it was, it is refused once."""
+    asked: list[bool] = []
+
+    def session_on(self: cuda.CudaDevice, provider: cuda.Provider, path: Path, name: str, threads: int) -> _Session:
+        asked.append(provider.replays)
+        if provider.replays and path.stem == "not-recordable":
+            raise DeviceError("cuda:0 can't load it: this session cannot use the graph capture feature")
+        return _Session(("GroupQueryAttention",) if path.stem == "float32" else ("Range", "Cast"))
+
+    monkeypatch.setattr(cuda.CudaDevice, "_session_on", session_on)
+    return asked
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_targets_are_recorded_where_their_graphs_allow_it_and_drafts_are_not(opened: list[bool]) -> None:
+    target, draft = open_device("cuda:0"), open_device("cuda:0", background=True)
+    assert isinstance(target, cuda.CudaDevice)
+    assert isinstance(draft, cuda.CudaDevice)
+    assert target._open_session(Path("target.onnx"), "target", 1)[1].replays
+    assert not target._open_session(Path("not-recordable.onnx"), "target", 1)[1].replays
+    assert not draft._open_session(Path("draft.onnx"), "draft", 1)[1].replays
+    assert opened == [True, True, False, False]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_attention_that_would_run_on_the_cpu_is_refused(opened: list[bool]) -> None:
+    """It would copy the whole cache to the host and back in every layer, unsaid."""
+    device = open_device("cuda:0")
+    assert isinstance(device, cuda.CudaDevice)
+    with pytest.raises(DeviceError, match=r"cuda:0 computes attention in fp16 and bf16.*--precision fp16, bf16"):
+        device._open_session(Path("float32.onnx"), "target_prefix", 1)
+    assert opened == [True]
+
+
 def test_a_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise OSError(name)
@@ -264,7 +313,10 @@ def test_a_pair_of_devices_gives_the_plain_text(target: str, draft: str, mode: M
     prompt = [1, 2, 3, 4, 5, 6, 7]
     expected = oracle_greedy(spec.target, prompt, 40)
     with open_engine(
-        bundle, EngineOptions(mode=mode, threads=2), target=open_device(target), draft=open_device(draft)
+        bundle,
+        EngineOptions(mode=mode, threads=2),
+        target=open_device(target),
+        draft=open_device(draft, background=True),
     ) as engine:
         assert list(engine.generate_tokens(prompt, max_new_tokens=40).tokens) == expected
         # The first prompt's start again: a cache that was rolled back.

@@ -121,6 +121,21 @@ def test_quantised_bundles_are_near_the_checkpoint(precision: str, tmp_path: Pat
     assert report.check.torch.largest < {"int8": 0.3, "int4": 1.5}[precision]  # wide random weights round badly
 
 
+@pytest.mark.parametrize("precision", ["int8-fp16", "int4-fp16"])
+def test_quantised_bundles_for_gpus_compute_in_float16(precision: str, tmp_path: Path, llama: Path) -> None:
+    """On a GPU attention in float32 has no kernel."""
+    options = dataclasses.replace(OPTIONS, precision=precision, allow_failed_check=True)
+    report = export_bundle(str(llama), tmp_path / "bundle", options)
+    manifest = read_manifest(tmp_path / "bundle")
+    assert {layer.dtype for segment in manifest.segments.values() for layer in segment.kv} == {"float16"}
+    graph = ir.load(tmp_path / "bundle" / "target_prefix.onnx").graph
+    product = next(node for node in graph if node.op_type == "MatMulNBits")
+    assert product.attributes["bits"].as_int() == int(precision[3])
+    assert product.inputs[2].const_value.dtype is ir.DataType.FLOAT16
+    assert report.check.split is not None
+    assert report.check.split.largest < 2e-2
+
+
 def test_a_quantised_tied_embedding_shares_the_heads_bytes(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama", tmp_path / "tied", tie_word_embeddings=True)
     export_bundle(str(checkpoint), tmp_path / "bundle", dataclasses.replace(OPTIONS, precision="int4"))

@@ -110,11 +110,13 @@ def allowed_parts(found: Import) -> set[str]:
         return SHARED | {"targets"}
     if part == "runtime":
         return SHARED | {"runtime", "targets"}
+    if part == "compile":
+        return SHARED | {"compile", "runtime", "targets"}
     if part in COMMAND_LINE and found.at_load:
         return SHARED | COMMAND_LINE
     if part == "tune":
         return SHARED | {"tune", "runtime", "targets", "bench"} | (set() if found.at_load else {"export"})
-    return SHARED | COMMAND_LINE | {"__init__", "export", "distill", "runtime", "targets", "bench", "tune"}
+    return SHARED | COMMAND_LINE | {"__init__", "export", "distill", "runtime", "targets", "bench", "tune", "compile"}
 
 
 def test_the_walk_finds_the_imports() -> None:

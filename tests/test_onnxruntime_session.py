@@ -189,6 +189,9 @@ class _FakeStream:
     def download(self, target: np.ndarray[Any, Any], address: int) -> None:
         ctypes.memmove(target.ctypes.data, address, target.nbytes)
 
+    def wait(self) -> None:
+        self.log.append("stream wait")
+
     def guard(self, *, recording: bool) -> AbstractContextManager[None]:
         self.log.append(f"guard {recording}")
         return nullcontext()
@@ -264,6 +267,8 @@ def test_a_tensor_of_the_same_stream_is_bound_and_another_is_copied(bundle: Path
         state = make_buffer(Memory(), "float32", (1, 3, 4))
         state.stream = stream
         loaded.run({"position_ids": positions, "hidden_states": state}, None, 0)
+        state.wait()
+        assert stream.log[-1] == "stream wait"
     own, other = loaded._bound.values()
     assert "hidden_states" not in own.staging
     assert "hidden_states" in other.staging

@@ -60,6 +60,11 @@ class StepTimes:
 def main(bundle: Path, index: int, contexts: str, out: Path | None) -> None:
     """Time the target of BUNDLE on one GPU."""
     manifest = read_manifest(bundle)
+    if manifest.model.precision not in ("fp16", "bf16"):
+        raise click.ClickException(
+            f"{bundle} is in {manifest.model.precision}; the floor is that of 16-bit matrices, export it with "
+            "--precision fp16"
+        )
     step = load_step(bundle, manifest, open_device(f"cuda:{index}"))
     result = measure(bundle, manifest, step, [int(context) for context in contexts.split(",")], index)
     for item in result["steps"]:

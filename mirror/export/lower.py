@@ -125,19 +125,18 @@ class Lowering:
     def _grouped(
         self, emit: Emitter, node: ir.Node, past: list[ir.Value], masks: Masks, heads: int, kv_heads: int
     ) -> tuple[ir.Value, list[ir.Value]]:
-        """`GroupQueryAttention`, with the rotary embedding inside; it is told positions where rows don't follow."""
+        """`GroupQueryAttention`, with the rotary embedding inside where rows follow each other."""
         query, key, value = wired(*node.inputs)
-        rotary = _shared_rotary(query, key)
+        rotary = None if self.branches else _shared_rotary(query, key)
         if rotary is not None:
             query, key = wired(producer_input(query), producer_input(key))
         flat = _packed(query, key, value) or [_flat(emit, part) for part in (query, key, value)]
         mask = masks.get(node.attributes["window"].as_int())
         window = node.attributes["window"].as_int()
         tables = [rotary.inputs[1], rotary.inputs[2]] if rotary is not None else [None, None]
-        positions = rotary.inputs[3] if rotary is not None and self.branches else None
         inputs = [*flat, *past, emit.input("seqlens_k"), emit.input("total_sequence_length"), *tables]
         if mask is not None:
-            inputs += [positions, mask]
+            inputs += [None, mask]
         attributes = {
             "num_heads": heads,
             "kv_num_heads": kv_heads,

@@ -8,10 +8,10 @@ does (`mirror` itself turns ONNX Runtime's off).
 from __future__ import annotations
 
 from mirror.errors import DeviceError
-from mirror.targets.base import Device, FreeMemory
+from mirror.targets.base import AheadCompiler, Device, FreeMemory
 from mirror.targets.memory import free_memory
 from mirror.targets.names import DeviceFamily, DeviceName, parse_device_name
-from mirror.targets.survey import DeviceInfo, list_devices, npu_name
+from mirror.targets.survey import DeviceInfo, list_devices, npu_name, openvino_missing
 
 __all__ = [
     "DeviceFamily",
@@ -20,6 +20,7 @@ __all__ = [
     "FreeMemory",
     "free_memory",
     "list_devices",
+    "open_compiler",
     "open_device",
     "parse_device_name",
 ]
@@ -53,9 +54,33 @@ def open_device(name: str, *, background: bool = False) -> Device:
             return open_qnn(parsed.unit, parsed.chip)
 
 
+def open_compiler(name: str) -> AheadCompiler:
+    """Return what compiles ahead of time for a device: `qnn:v73` (any architecture), `openvino:CPU|GPU|NPU`.
+
+    Raises:
+        DeviceError: no such name, it takes nothing compiled ahead, or its compiler isn't here.
+    """
+    family, _, rest = name.strip().lower().partition(":")
+    if family == "qnn" and rest.startswith("v"):
+        from mirror.targets.qnn import open_qnn_compiler
+
+        return open_qnn_compiler(parse_device_name(f"qnn:htp:{rest}").chip or rest)
+    parsed = parse_device_name(name)
+    if parsed.family is not DeviceFamily.OPENVINO:
+        raise DeviceError(
+            f"nothing is compiled ahead of time for {name}; the choices are qnn:v73 (an architecture), openvino:CPU, "
+            "openvino:GPU, openvino:NPU"
+        )
+    if (missing := openvino_missing()) is not None:
+        raise DeviceError(f"{parsed} can't be compiled for: {missing}")
+    from mirror.targets.openvino import open_native_compiler
+
+    return open_native_compiler(parsed.unit, parsed.precision)
+
+
 def _open_openvino(name: DeviceName) -> Device:
     """Open OpenVINO itself where it is installed, ONNX Runtime's plugin for it where only that is."""
-    from mirror.targets.survey import openvino_missing, plugin_units
+    from mirror.targets.survey import plugin_units
 
     if (missing := openvino_missing()) is not None:
         if name.unit not in plugin_units():

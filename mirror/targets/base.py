@@ -56,6 +56,10 @@ class DeviceTensor(Protocol):
         """Return the values in host memory, waiting for them if need be."""
         ...
 
+    def wait(self) -> None:
+        """Wait until the values are there: a pass may return before it has ended."""
+        ...
+
 
 Tensor = Array | DeviceTensor
 

@@ -88,7 +88,8 @@ class CudaStream:
 
     def wait(self) -> None:
         """Wait for all that was launched on this stream."""
-        _call("cudaStreamSynchronize", self._stream)
+        with self._beside:
+            _call("cudaStreamSynchronize", self._stream)
 
     def guard(self, *, recording: bool) -> AbstractContextManager[object]:
         """Return what to hold during a pass: nothing, unless it is or may meet one that is recorded."""
@@ -129,10 +130,7 @@ class CudaMark:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    runtime = _runtime()
-    if not getattr(_thread, "prepared", False):
-        _thread.prepared = True
-        _call("cudaThreadExchangeStreamCaptureMode", ctypes.byref(ctypes.c_int(_OWN_RECORDINGS_ONLY)))
+    runtime = _prepared_runtime()
     code = getattr(runtime, name)(*arguments)
     if code != 0:
         runtime.cudaGetErrorString.restype = ctypes.c_char_p
@@ -141,7 +139,16 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def _free_host(address: int) -> None:
-    _runtime().cudaFreeHost(ctypes.c_void_p(address))
+    _prepared_runtime().cudaFreeHost(ctypes.c_void_p(address))
+
+
+def _prepared_runtime() -> ctypes.CDLL:
+    """Return the CUDA runtime, this thread made ready to call it while another one records."""
+    runtime = _runtime()
+    if not getattr(_thread, "prepared", False):
+        runtime.cudaThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_OWN_RECORDINGS_ONLY)))
+        _thread.prepared = True
+    return runtime
 
 
 @functools.cache

@@ -87,6 +87,10 @@ class DeviceStream(Protocol):
         """Copy device memory to a pinned array, in order, and wait for it."""
         ...
 
+    def wait(self) -> None:
+        """Wait for all that was launched."""
+        ...
+
     def guard(self, *, recording: bool) -> AbstractContextManager[object]:
         """Return what to hold during a pass, which may be one that is recorded."""
         ...
@@ -150,6 +154,11 @@ class Buffer:
             self._host = self.stream.pinned(self._dtype, self.value.shape())
         self.stream.download(self._host, self.value.data_ptr())
         return self._host
+
+    def wait(self) -> None:
+        """Wait until the values are there."""
+        if self.stream is not None:
+            self.stream.wait()
 
 
 def make_buffer(memory: Memory, dtype: str, shape: Sequence[int], stream: DeviceStream | None = None) -> Buffer:

@@ -7,13 +7,15 @@ shapes, tensors and requests; what to compile for is decided in `static_shapes`.
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mirror.bundle import Form, Graph, LayerKV, Segment, TensorSpec, kv_names
+from mirror.bundle import Compiled, Form, Graph, LayerKV, Segment, TensorSpec, kv_names
 from mirror.errors import DeviceError
+from mirror.targets.artefacts import Wanted, artefact_stem, compiled_for, graph_sha256
 from mirror.targets.base import Array, KVCache, PassShape, Tensor, to_host
 from mirror.targets.names import Precision
 from mirror.targets.openvino_settings import (
@@ -55,6 +57,7 @@ def _import_quietly() -> Any:
 
 
 ov = _import_quietly()
+_LOG = logging.getLogger("mirror")
 
 _ELEMENT_TYPES = {
     "float32": ov.Type.f32,
@@ -197,15 +200,23 @@ class _Compiler:
     """One read model, compiled for one shape after another, or once for every width."""
 
     def __init__(
-        self, name: str, unit: str, path: Path, graph: Graph, capacity: int, settings: Mapping[str, Any]
+        self,
+        name: str,
+        unit: str,
+        path: Path,
+        graph: Graph,
+        capacity: int,
+        settings: Mapping[str, Any],
+        ready: Callable[[PassShape], Path | None] = lambda shape: None,
     ) -> None:
-        """Read a model; `name` is the device's, for messages."""
+        """Read a model; `name` is the device's, for messages, and `ready` knows what was compiled ahead of time."""
         self.name = name
         self.capacity = capacity
         self._unit = unit
         self._path = path
         self._graph = graph
         self._settings = settings
+        self._ready = ready
         self._core = ov.Core()
         self._model = self._read()
         self._shared: Any = None
@@ -223,8 +234,27 @@ class _Compiler:
     def program(self, shape: PassShape) -> _Program:
         """Return a program of a shape: compiled for it, or a request of the shared one."""
         sizes = shape.sizes(self.capacity)
-        compiled = self._shared or self._compile(sizes)
+        compiled = self._shared or self._imported(shape) or self._compile(sizes)
         return _Program(compiled.create_infer_request(), self._graph, sizes)
+
+    def export(self, shape: PassShape, path: Path) -> None:
+        """Compile for a shape and write the program to a file."""
+        compiled = self._compile(shape.sizes(self.capacity))
+        try:
+            path.write_bytes(compiled.export_model().getvalue())
+        except RuntimeError as error:
+            raise DeviceError(f"{self.name} can't export {path.name}: {_plain(error)}") from error
+
+    def _imported(self, shape: PassShape) -> Any:
+        """Return a program that was compiled ahead of time, None where there is none that loads."""
+        path = self._ready(shape)
+        if path is None:
+            return None
+        try:
+            return self._core.import_model(path.read_bytes(), self._unit, dict(self._settings))
+        except RuntimeError as error:
+            _LOG.warning("%s is not used: %s; compiling %s anew", path.name, _plain(error), self._path.name)
+            return None
 
     def _read(self) -> Any:
         try:
@@ -286,7 +316,12 @@ class OpenVinoDevice:
         """
         graph = rows_graph(segment, self.name)
         settings = compile_settings(self._unit, self.precision, threads, self._kernel_cache)
-        compiler = _Compiler(self.name, self._unit, folder / graph.file, graph, capacity, settings)
+
+        def ready(shape: PassShape) -> Path | None:
+            item = self.fitting(folder, segment, shape, capacity, threads)
+            return None if item is None else folder / item.file
+
+        compiler = _Compiler(self.name, self._unit, folder / graph.file, graph, capacity, settings, ready)
         if self._unit != "NPU" and compiler.weights_bytes * len(widths_of(shapes)) > _STATIC_WEIGHTS_BYTES:
             compiler.share()
         return OpenVinoSegment(segment.name, compiler, graph, shapes, later)
@@ -294,6 +329,40 @@ class OpenVinoDevice:
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> OpenVinoCache:
         """Return a zeroed cache for these layers."""
         return OpenVinoCache(layers, capacity)
+
+    @property
+    def compiles_for(self) -> str:
+        """The device in artefacts' records."""
+        return self.name
+
+    def fitting(self, folder: Path, segment: Segment, shape: PassShape, capacity: int, threads: int) -> Compiled | None:
+        """Return the artefact that serves a pass; see `base.AheadCompiler`."""
+        wanted = Wanted(self.name, self._runtime(), self._told(threads), capacity)
+        return compiled_for(folder, segment, shape, wanted)
+
+    def compile_segment(
+        self, folder: Path, segment: Segment, shape: PassShape, capacity: int, threads: int
+    ) -> Compiled:
+        """Compile a segment for fixed sizes into the bundle's folder; see `base.AheadCompiler`.
+
+        Raises:
+            DeviceError: OpenVINO can't take the graph.
+        """
+        graph = rows_graph(segment, self.name)
+        file = f"{artefact_stem(self.name, segment.name, shape, capacity)}.blob"
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        settings = compile_settings(self._unit, self.precision, threads, None)
+        _Compiler(self.name, self._unit, folder / graph.file, graph, capacity, settings).export(shape, folder / file)
+        made_with = (self._runtime(), self._told(threads), graph_sha256(folder, segment))
+        return Compiled(self.name, shape.width, shape.rows, capacity, file, *made_with)
+
+    def _told(self, threads: int) -> dict[str, str]:
+        settings = compile_settings(self._unit, self.precision, threads, None)
+        return {name: str(value) for name, value in settings.items()}
+
+    def _runtime(self) -> str:
+        """Return the compiler, and the hardware that it compiles for: it doesn't check that on import."""
+        return f"openvino {ov.get_version()} for {available_units().get(self._unit, self._unit)}"
 
 
 def open_native_device(unit: str, precision: Precision | None) -> OpenVinoDevice:
@@ -307,6 +376,24 @@ def open_native_device(unit: str, precision: Precision | None) -> OpenVinoDevice
         raise DeviceError(f"openvino:{unit} isn't there: {no_such_unit(unit, units)}")
     check_precision(unit, precision)
     return OpenVinoDevice(unit, precision or default_precision(unit), kernel_cache(unit))
+
+
+def open_native_compiler(unit: str, precision: Precision | None) -> OpenVinoDevice:
+    """Return a device to compile for: this machine's, or an NPU that isn't here where its compiler is.
+
+    Raises:
+        DeviceError: neither is here, or it can't compute in that precision.
+    """
+    if unit != "NPU" or unit in available_units():
+        return open_native_device(unit, precision)
+    check_precision(unit, precision)
+    if not any(Path(ov.__file__).parent.rglob("libopenvino_intel_npu_compiler*")):
+        raise DeviceError(
+            "openvino:NPU can't be compiled for here: OpenVINO sees no NPU, and its compiler for NPUs "
+            "(libopenvino_intel_npu_compiler), which no package on PyPI carries, is not beside it; run this on the "
+            "machine with the NPU, or put the compiler from Intel's NPU driver into openvino/libs"
+        )
+    return OpenVinoDevice(unit, Precision.F16, None)
 
 
 def available_units() -> dict[str, str]:

@@ -44,7 +44,7 @@ class FedSegment(OnnxRuntimeSegment):
     """One session that is given its inputs anew at every pass.
 
     With inputs bound once, as ONNX Runtime's own providers read them, drafts on an Intel CPU guessed next to
-    no token right, although the graph's first pass computes what it should.
+    no token right, although a first pass without binding computed what it should.
     """
 
     def _launch(self, bound: Bound, feeds: Mapping[str, Tensor]) -> None:

@@ -89,9 +89,11 @@ def open_engine(folder: Path, choice: Choice, work: Workload, wrap: Callable[[De
         pinned=work.pinned,
     )
     places = choice.places
-    names = [places.target, places.target if plain else places.draft, places.suffix or places.target]
+    names = [places.target, places.suffix or places.target]
     opened = {name: open_device(name) for name in dict.fromkeys(names)}
-    target, draft, suffix = (wrap(opened[name]) if wrap else opened[name] for name in names)
+    # A device of its own, also where it has the target's name: on a GPU it computes on its own stream.
+    beside = opened[places.target] if plain else open_device(places.draft, background=True)
+    target, suffix, draft = (wrap(device) if wrap else device for device in (*(opened[name] for name in names), beside))
     manifest = read_manifest(folder)
     return Engine(folder, manifest, options, target, draft, suffix_device=suffix, free_memory=free_memory)
 

@@ -72,6 +72,9 @@ class ObservedSegment:
         """Run the inner segment's pass."""
         start_s = time.perf_counter()
         outputs = self._inner.run(feeds, cache, past_length)
+        for output in outputs.values():
+            if not isinstance(output, np.ndarray):
+                output.wait()  # a GPU's pass is only launched by now
         seconds = time.perf_counter() - start_s
         positions, wanted = to_host(feeds["position_ids"])[0], _wanted(feeds)
         # A pass that wants few of its rows' logits reads a prompt; it is no measure of one in a round.

@@ -193,7 +193,7 @@ def _devices(options: TuneOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """
     present = {device.name for device in list_devices() if device.available}
     targets = options.target_devices or (("cuda:0",) if "cuda:0" in present else ("cpu",))
-    likely = [name for name in ("cpu", "openvino:CPU", "openvino:NPU", "openvino:GPU") if name in present]
+    likely = [name for name in ("cpu", "openvino:CPU", "openvino:NPU", "qnn:htp", "openvino:GPU") if name in present]
     drafts = options.draft_devices or tuple(dict.fromkeys([*likely, *(t for t in targets if t.startswith("cuda"))]))
     return targets, drafts
 
