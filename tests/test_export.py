@@ -191,6 +191,16 @@ def test_another_model_can_be_the_draft_if_it_shares_the_tokens(tmp_path: Path, 
         export_bundle(str(llama), tmp_path / "never", dataclasses.replace(OPTIONS, draft=str(small)))
 
 
+def test_the_check_counts_the_drafts_right_guesses(tmp_path: Path, llama: Path) -> None:
+    whole = export_bundle(str(llama), tmp_path / "whole", dataclasses.replace(OPTIONS, draft="layers:0,1,2,3")).check
+    assert whole.split is not None
+    assert whole.draft == whole.split.tokens == 24
+    assert "first guess was the target's token 24 of 24 times" in whole.findings[-1]
+    part = export_bundle(str(llama), tmp_path / "part", dataclasses.replace(OPTIONS, draft="layers:0")).check
+    assert part.draft is not None
+    assert part.draft < 24
+
+
 def test_a_trained_head_and_draft_are_taken_and_checked(tmp_path: Path, llama: Path) -> None:
     distilled = _distilled(tmp_path / "distilled", llama)
     report = export_bundle(str(llama), tmp_path / "bundle", dataclasses.replace(OPTIONS, draft=str(distilled)))

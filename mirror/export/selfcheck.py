@@ -65,12 +65,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The self-check's outcome; `skipped` says why nothing was compared."""
+    """The self-check's outcome.
+
+    `skipped` says why nothing was compared; `draft` is at how many of the compared tokens the draft's
+    first guess was the target's, None without a draft that has graphs.
+    """
 
     precision: str
     split: Difference | None
     torch: Difference | None
     skipped: str | None = None
+    draft: int | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -89,7 +94,10 @@ class CheckReport:
         if self.skipped is not None:
             return [f"skipped: {self.skipped}"]
         compared = (("split graphs against the whole graph", self.split), ("graphs against torch", self.torch))
-        return [f"{what}: {_sentence(difference)}" for what, difference in compared if difference is not None]
+        found = [f"{what}: {_sentence(difference)}" for what, difference in compared if difference is not None]
+        if self.draft is not None and self.split is not None:
+            found.append(f"the draft's first guess was the target's token {self.draft} of {self.split.tokens} times")
+        return found
 
     def raise_if_failed(self, *, allowed: bool) -> None:
         """Raise SelfCheckError when there are problems, unless the user allowed them."""
@@ -108,7 +116,8 @@ def check(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> CheckRepo
     prompts = _prompts(folder, manifest)
     split = _through_split(folder, manifest, prompts)
     whole = _compare(split, _through_whole(folder, manifest, split))
-    return CheckReport(precision, whole, _compare(split, _through_torch(checkpoint, split)))
+    draft = _draft_hits(folder, manifest, split) if "draft" in manifest.segments else None
+    return CheckReport(precision, whole, _compare(split, _through_torch(checkpoint, split)), draft=draft)
 
 
 def _cannot_run(folder: Path, manifest: Manifest) -> str | None:
@@ -173,6 +182,26 @@ def _through_whole(folder: Path, manifest: Manifest, paths: list[Path3]) -> list
         return np.asarray(runner.run(tokens, past, {})["logits"][0, -1])
 
     return [_greedy(step, prompt, tokens)[1] for prompt, tokens, _ in paths]
+
+
+def _draft_hits(folder: Path, manifest: Manifest, paths: list[Path3]) -> int:
+    """Return how many of the target's greedy tokens are the draft's first guess, its context the target's."""
+    runner, hits = _Runner(folder / _file(manifest, "draft")), 0
+    for prompt, tokens, _ in paths:
+        line = [*prompt, *tokens[:-1]]
+        given: dict[str, NDArray[np.generic]] = {
+            "logit_rows": np.arange(len(prompt) - 1, len(line)),
+            "row_visible": np.arange(1, len(line) + 1, dtype=np.int32),
+            "row_branch": np.full(len(line), -2, np.int32),
+            "slot_branch": np.full(runner.capacity, -1, np.int32),
+            "feature_rows": np.zeros(len(line), np.float32),
+        }
+        for spec in runner.session.get_inputs():
+            if spec.name == "features":
+                dtype = np.float16 if spec.type == "tensor(float16)" else np.float32
+                given["features"] = np.zeros((1, len(line), spec.shape[2]), dtype)
+        hits += int((runner.run(line, 0, given)["token_ids"][0] == tokens).sum())
+    return hits
 
 
 def _through_torch(checkpoint: Checkpoint, paths: list[Path3]) -> list[Logits]:
