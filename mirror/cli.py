@@ -288,6 +288,12 @@ def tune(
     metavar="DEVICE",
     help="What to compile the draft for: qnn:v73, qnn:v75, qnn:v81, openvino:CPU|GPU|NPU; repeatable.",
 )
+@click.option(
+    "--weights",
+    default="as-is",
+    type=click.Choice(("as-is", "int8", "int4")),
+    help="How a Hexagon NPU stores the draft's linear layers; quantized ones need the export extra.",
+)
 @click.option("--gamma", type=click.IntRange(min=1), help="Draft tokens of a window.  [default: the bundle's]")
 @click.option("--kappa", type=click.IntRange(min=1), help="Candidates of a position.  [default: the bundle's]")
 @click.option(
@@ -306,6 +312,7 @@ def tune(
 def compile_ahead(
     bundle: Path,
     compile_for: tuple[str, ...],
+    weights: str,
     gamma: int | None,
     kappa: int | None,
     fanout: tuple[int, ...] | None,
@@ -330,7 +337,7 @@ def compile_ahead(
         fanout=fanout,
         tokens_per_pass=tokens_per_pass,
     )
-    reports = [compile_bundle(bundle, open_compiler(name), options, print_notice) for name in compile_for]
+    reports = [compile_bundle(bundle, open_compiler(name), options, print_notice, weights) for name in compile_for]
     if as_json:
         print_json({"compiled": [dataclasses.asdict(report) for report in reports]})
         return

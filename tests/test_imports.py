@@ -111,7 +111,7 @@ def allowed_parts(found: Import) -> set[str]:
     if part == "runtime":
         return SHARED | {"runtime", "targets"}
     if part == "compile":
-        return SHARED | {"compile", "runtime", "targets"}
+        return SHARED | {"compile", "runtime", "targets", "bench"} | (set() if found.at_load else {"export"})
     if part in COMMAND_LINE and found.at_load:
         return SHARED | COMMAND_LINE
     if part == "tune":

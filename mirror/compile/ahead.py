@@ -29,6 +29,7 @@ from mirror.bundle import (
 from mirror.errors import DeviceError, RequestError
 from mirror.runtime.loading import load_draft, make_plan
 from mirror.runtime.options import EngineOptions
+from mirror.targets.artefacts import AS_IS, Quantized
 from mirror.targets.base import AheadCompiler, KVCache, PassShape, Tensor
 from mirror.targets.static_shapes import first_shapes, widths_of
 
@@ -51,7 +52,9 @@ class CompileReport:
     bytes: int
 
 
-def compile_bundle(bundle: Path, compiler: AheadCompiler, options: EngineOptions, say: Say) -> CompileReport:
+def compile_bundle(
+    bundle: Path, compiler: AheadCompiler, options: EngineOptions, say: Say, weights: str = AS_IS
+) -> CompileReport:
     """Compile the draft of a bundle for the passes that an engine with these options makes.
 
     Artefacts lie under `compiled/` and are recorded in `mirror.json` at the end, in one step. Those that are
@@ -59,6 +62,7 @@ def compile_bundle(bundle: Path, compiler: AheadCompiler, options: EngineOptions
 
     Args:
         say: is told what is being done, a line at a time.
+        weights: `AS_IS`, or how the draft's linear layers are stored on an NPU: `int8`, `int4`.
 
     Raises:
         BundleError: the bundle is not whole.
@@ -69,8 +73,9 @@ def compile_bundle(bundle: Path, compiler: AheadCompiler, options: EngineOptions
     check_files(bundle, manifest)
     if manifest.draft is None or manifest.draft.kind != "model":
         raise RequestError("this bundle has no draft with graphs, and nothing else is compiled; export it with --draft")
-    recorder = _Recorder(bundle, compiler, say)
-    load_draft(bundle, manifest, recorder, make_plan(manifest, options, shared_cpu=False))
+    with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.compile-", dir=bundle.absolute().parent) as scratch:
+        recorder = _Recorder(bundle, compiler, say, weights, Path(scratch))
+        load_draft(bundle, manifest, recorder, make_plan(manifest, options, shared_cpu=False))
     if recorder.made:
         _record(bundle, manifest, compiler.compiles_for, recorder.found)
     kept = [item for items in recorder.found.values() for item in items if item not in recorder.made]
@@ -81,10 +86,13 @@ def compile_bundle(bundle: Path, compiler: AheadCompiler, options: EngineOptions
 class _Recorder:
     """A device that compiles each segment it is asked to load, and runs nothing."""
 
-    def __init__(self, folder: Path, compiler: AheadCompiler, say: Say) -> None:
+    def __init__(self, folder: Path, compiler: AheadCompiler, say: Say, weights: str, scratch: Path) -> None:
         self._folder = folder
         self._compiler = compiler
         self._say = say
+        self._weights = weights
+        self._scratch = scratch
+        self._quantized: Quantized | None = None
         self.made: list[Compiled] = []
         self.found: dict[str, list[Compiled]] = {}
 
@@ -113,13 +121,26 @@ class _Recorder:
         if graph is None:
             raise DeviceError(f"{self.name} needs {segment.name} in rows form; export the bundle again")
         for shape in first_shapes(graph, shapes):
-            item = self._compiler.fitting(self._folder, segment, shape, capacity, threads)
+            item = self._compiler.fitting(self._folder, segment, shape, capacity, threads, self._weights)
             if item is None:
+                self._quantized = self._quantized or self._quantize()
                 self._say(f"compiling {segment.name} for {self.name}: {shape.width} rows, {capacity} slots")
-                item = self._compiler.compile_segment(self._folder, segment, shape, capacity, threads)
+                item = self._compiler.compile_segment(self._folder, segment, shape, capacity, threads, self._quantized)
                 self.made.append(item)
             self.found.setdefault(segment.name, []).append(item)
         return _Unloaded(widths_of(shapes))
+
+    def _quantize(self) -> Quantized | None:
+        """Make the draft with quantized weights, None where they stay as they are."""
+        if self._weights == AS_IS:
+            return None
+        from mirror.compile.calibration import calibration_passes
+        from mirror.export.npu_quantize import WeightBits, quantize_draft
+
+        self._say(f"quantizing the draft's weights to {self._weights}")
+        folder = self._scratch / self._weights
+        quantize_draft(self._folder, folder, WeightBits(self._weights), calibration_passes(self._folder))
+        return Quantized(folder, read_manifest(folder).segments, self._weights)
 
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> _NoCache:
         """Return a cache of no memory."""

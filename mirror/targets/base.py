@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mirror.bundle import Compiled, Form, LayerKV, Segment
+
+if TYPE_CHECKING:
+    from mirror.targets.artefacts import Quantized
 
 Array = NDArray[Any]
 
@@ -156,14 +159,35 @@ class AheadCompiler(Protocol):
         """The device in the artefacts' records: `qnn:v73`, `openvino:CPU`."""
         ...
 
-    def fitting(self, folder: Path, segment: Segment, shape: PassShape, capacity: int, threads: int) -> Compiled | None:
-        """Return the artefact that a bundle already has for these sizes, None where none would be used."""
+    def fitting(
+        self,
+        folder: Path,
+        segment: Segment,
+        shape: PassShape,
+        capacity: int,
+        threads: int,
+        weights: str | None = None,
+    ) -> Compiled | None:
+        """Return the artefact that a bundle already has for these sizes, None where none would be used.
+
+        Args:
+            weights: how they must be stored, as in `artefacts.Wanted`.
+        """
         ...
 
     def compile_segment(
-        self, folder: Path, segment: Segment, shape: PassShape, capacity: int, threads: int
+        self,
+        folder: Path,
+        segment: Segment,
+        shape: PassShape,
+        capacity: int,
+        threads: int,
+        quantized: Quantized | None = None,
     ) -> Compiled:
         """Compile a segment for fixed sizes into the bundle's folder; return its record.
+
+        Args:
+            quantized: what to compile in place of the bundle's own graph.
 
         Raises:
             DeviceError: the device can't take the graph.

@@ -15,7 +15,7 @@ from typing import Any
 
 from mirror.bundle import Compiled, Form, Graph, LayerKV, Segment, TensorSpec, kv_names
 from mirror.errors import DeviceError
-from mirror.targets.artefacts import Wanted, artefact_stem, compiled_for, graph_sha256
+from mirror.targets.artefacts import Quantized, Wanted, artefact_stem, compiled_for, graph_sha256
 from mirror.targets.base import Array, KVCache, PassShape, Tensor, to_host
 from mirror.targets.names import Precision
 from mirror.targets.openvino_settings import (
@@ -335,19 +335,38 @@ class OpenVinoDevice:
         """The device in artefacts' records."""
         return self.name
 
-    def fitting(self, folder: Path, segment: Segment, shape: PassShape, capacity: int, threads: int) -> Compiled | None:
+    def fitting(
+        self,
+        folder: Path,
+        segment: Segment,
+        shape: PassShape,
+        capacity: int,
+        threads: int,
+        weights: str | None = None,
+    ) -> Compiled | None:
         """Return the artefact that serves a pass; see `base.AheadCompiler`."""
-        wanted = Wanted(self.name, self._runtime(), self._told(threads), capacity)
+        wanted = Wanted(self.name, self._runtime(), self._told(threads), capacity, weights)
         return compiled_for(folder, segment, shape, wanted)
 
     def compile_segment(
-        self, folder: Path, segment: Segment, shape: PassShape, capacity: int, threads: int
+        self,
+        folder: Path,
+        segment: Segment,
+        shape: PassShape,
+        capacity: int,
+        threads: int,
+        quantized: Quantized | None = None,
     ) -> Compiled:
         """Compile a segment for fixed sizes into the bundle's folder; see `base.AheadCompiler`.
 
         Raises:
-            DeviceError: OpenVINO can't take the graph.
+            DeviceError: OpenVINO can't take the graph, or quantized weights were asked for.
         """
+        if quantized is not None:
+            raise DeviceError(
+                f"quantized weights are made for Hexagon NPUs and can't be compiled for {self.name}; leave --weights "
+                "out, or export the bundle with --precision int8"
+            )
         graph = rows_graph(segment, self.name)
         file = f"{artefact_stem(self.name, segment.name, shape, capacity)}.blob"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)

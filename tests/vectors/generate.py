@@ -2,7 +2,7 @@
 
 Writes `*.json` beside this file. Expected values come from the Python package's pure parts and, for
 generations' tokens, from the tables themselves (`tests.lookup.oracle_*`): no engine, cache or window is
-asked. Only what a round proposed and reused is what this package's engine says.
+asked. Only what a round proposed and reused, and what a draft says, is what this package's engine says.
 `python -m tests.vectors.generate --bundles FOLDER` writes the bundles that `generations.json` names.
 """
 
@@ -24,13 +24,17 @@ import mirror
 from mirror.bundle import MANIFEST_NAME, FileFacts, Form, check_files, read_manifest, write_manifest
 from mirror.errors import BundleError
 from mirror.runtime.acceptance import verify
-from mirror.runtime.candidates import choose_branches
+from mirror.runtime.candidates import CandidateSource, choose_branches
+from mirror.runtime.draft import Draft, Meeting
 from mirror.runtime.feeds import chunk_width
+from mirror.runtime.loading import load_draft, make_plan
 from mirror.runtime.lookahead import branch_passes
 from mirror.runtime.noise import gumbel, philox, uniforms
+from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Candidates, FinishReason
 from mirror.runtime.sampling import CoupledNoise, Sampler, SamplingParams
 from mirror.runtime.stopping import Stopping
+from mirror.targets.cpu import CpuDevice
 from tests.lookup import Lookup, LookupBundle, agreeing_table, oracle_logits, random_table, write_bundle
 
 FOLDER = Path(__file__).parent
@@ -143,6 +147,8 @@ def sampling() -> list[dict[str, Any]]:
     rows: list[tuple[dict[str, Any], np.ndarray]] = [
         ({"values": [1.0, 4.0, 4.0, -2.0]}, np.array([1, 4, 4, -2], np.float32)),
         ({"values": [0.0] * 100}, np.zeros(100, np.float32)),
+        # Sums are exact here: 4 of 5 reach 0.8, and no fifth is wanted.
+        ({"values": [0.0] * 5}, np.zeros(5, np.float32)),
         ({"values": [0.5, None, 0.25, None]}, np.array([0.5, -np.inf, 0.25, -np.inf], np.float32)),
     ]
     rows += [
@@ -166,7 +172,7 @@ def sampling() -> list[dict[str, Any]]:
         for item in params:
             context = [0, 1, 1, 3]
             sampler = Sampler(item, logits.size, np.array(context))
-            positions = [0, 1, 17, 2**33]
+            positions = [0, 1, 17, 2**33, *range(20, 40 if logits.size < 10 else 20)]
             tokens = [sampler.choose(logits, position) for position in positions]
             cases.append(
                 {
@@ -341,6 +347,72 @@ def generations(bundles: Path) -> list[dict[str, Any]]:
     return [_generation_case(item, bundles) for item in GENERATIONS]
 
 
+@dataclass(frozen=True)
+class DraftCase:
+    """What a draft says of growing contexts: each turn proposes after one, and rolls out the proposal."""
+
+    bundle: str
+    tokens_per_pass: tuple[int, ...] = (1,)
+    noise: CoupledNoise | None = None
+    turns: tuple[tuple[int, ...], ...] = ((1, 2, 3, 4, 5, 6, 7), (1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 9))
+
+
+DRAFTS = (
+    DraftCase("context"),
+    DraftCase("context", noise=CoupledNoise(5, 0.9)),
+    DraftCase("streams", (3,)),
+    DraftCase("streams", (2, 1, 3)),
+    DraftCase("streams", (3, 2), CoupledNoise(6, 1.1)),
+    DraftCase("fed"),
+    DraftCase("fed", noise=CoupledNoise(7, 0.7)),
+    DraftCase("ngram"),
+)
+
+
+def drafts(bundles: Path) -> list[dict[str, Any]]:
+    """Return what drafts propose and roll out, token by token."""
+    return [_draft_case(item, bundles / item.bundle) for item in DRAFTS]
+
+
+def _draft_case(item: DraftCase, folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    options = EngineOptions(candidates=CandidateSource.DRAFT, tokens_per_pass=item.tokens_per_pass, threads=1)
+    plan = make_plan(manifest, options, shared_cpu=True)
+    draft = load_draft(folder, manifest, CpuDevice(), plan)
+    return {
+        "bundle": item.bundle,
+        "tokens_per_pass": item.tokens_per_pass,
+        "noise": None if item.noise is None else {"seed": str(item.noise.seed), "temperature": item.noise.temperature},
+        "turns": [_draft_turn(draft, plan.gamma, context, item.noise) for context in item.turns],
+    }
+
+
+def exit_states(first: int, count: int) -> np.ndarray:
+    """Return stand-ins for exit states, float32 [count, 4]: (p % 5 + 1, 3 * p % 7, 0, 0) at position p."""
+    positions = first + np.arange(count)
+    zeros = np.zeros(count)
+    return np.stack([positions % 5 + 1, 3 * positions % 7, zeros, zeros], axis=1).astype(np.float32)
+
+
+def _draft_turn(draft: Draft, gamma: int, context: tuple[int, ...], noise: CoupledNoise | None) -> dict[str, Any]:
+    tokens = np.array(context, np.int64)
+    # As an engine does: what the draft has read of another context is forgotten, and states come before they are used.
+    draft.keep(3)
+    draft.see_states(0, exit_states(0, len(context) - 1))
+    proposed = draft.propose(tokens, gamma, noise).tokens
+    window, meeting = np.array([context[-1], *proposed], np.int64), Meeting()
+    meeting.state(exit_states(len(context) - 1, window.size))
+    rollout = draft.roll_out(tokens, window, gamma, meeting, noise)
+    branches = list(zip(rollout.branches.accepted.tolist(), rollout.branches.next_tokens.tolist(), strict=True))
+    lengths = zip(rollout.continuations.tolist(), rollout.lengths.tolist(), strict=True)
+    return {
+        "context": context,
+        "proposed": proposed,
+        "branches": branches,
+        "continuations": [line[:length] for line, length in lengths],
+    }
+
+
 def _modes(spec: LookupBundle) -> list[str]:
     return ["plain"] if spec.draft is None and spec.draft_kind == "model" else ["plain", "serial", "mirror"]
 
@@ -397,6 +469,7 @@ def contents() -> dict[str, Any]:
             "rounds": rounds(),
             "manifests": manifests(write_bundle(bundles / "small", small_bundle())),
             "generations": generations(bundles),
+            "drafts": drafts(bundles),
         }
 
 

@@ -1,0 +1,90 @@
+// What the engine asks of a device. A device that isn't there is an Error(device); nothing falls back.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "feeds.hpp"
+#include "manifest.hpp"
+
+namespace mirror {
+
+// The free sizes of a pass; `rows` is how many rows' logits are wanted, 0 for all.
+struct PassShape {
+  int width = 1;
+  int rows = 0;
+
+  bool operator<(const PassShape& other) const {
+    return width != other.width ? width < other.width : rows < other.rows;
+  }
+};
+
+// The key and value buffers of some layers on one device, [1, heads, capacity, head_dim] each.
+class KVCache {
+ public:
+  virtual ~KVCache() = default;
+};
+
+// The exit layer's states of a pass, copied to the host: raw elements, [rows, hidden].
+struct States {
+  std::vector<std::byte> bytes;
+  int rows = 0;
+};
+
+// What a pass gives; host memory of the pass, valid until it runs again.
+struct PassOutputs {
+  const float* logits = nullptr;                // [rows, vocab]
+  const std::int64_t* token_ids = nullptr;      // [rows]
+  const std::int64_t* candidate_ids = nullptr;  // [rows, top]
+  const float* candidate_logprobs = nullptr;    // [rows, top]
+  int top = 0;
+};
+
+// A segment bound to the buffers of one pass: nothing is allocated or looked up any more.
+class BoundPass {
+ public:
+  virtual ~BoundPass() = default;
+  // Runs and writes the new KV rows to slots past_length.. of the cache. Throws Error(device).
+  virtual void run(int past_length) = 0;
+  virtual const PassOutputs& outputs() const = 0;
+  // The exit layer's state that it wrote, if that is in host memory; else null.
+  virtual const std::byte* hidden() const = 0;
+};
+
+// One graph, loaded on one device.
+class Segment {
+ public:
+  virtual ~Segment() = default;
+  // The widths that it takes, ascending; empty if any.
+  virtual const std::vector<int>& widths() const = 0;
+  // Binds `feeds` (which must outlive the pass), `rows` wanted rows, and a cache of the same device.
+  virtual std::unique_ptr<BoundPass> bind(PassFeeds& feeds, int rows, const std::shared_ptr<KVCache>& cache) = 0;
+  // A zeroed cache for its layers.
+  virtual std::shared_ptr<KVCache> make_cache() = 0;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  // As the user writes it: cpu, cuda:0, openvino:CPU.
+  virtual const std::string& name() const = 0;
+  // `capacity`: slots of its cache. `shapes`: the passes it will be asked for; a device that compiles
+  // ahead compiles these, and those of `later` when they are first asked for. `threads`: CPU threads it may use.
+  virtual std::unique_ptr<Segment> load_segment(const std::filesystem::path& folder, const SegmentFacts& facts,
+                                                int capacity, const std::vector<PassShape>& shapes,
+                                                const std::vector<PassShape>& later, int threads) = 0;
+
+  // Whether it computes on this machine's CPU cores.
+  bool on_cpu() const { return name() == "cpu" || name().rfind("openvino:CPU", 0) == 0; }
+};
+
+// A device by the name that a user writes. Throws Error(device): no such name, or not there.
+std::shared_ptr<Device> open_device(const std::string& name);
+
+// Makes a plugin's execution providers known to ONNX Runtime, once per process and name.
+// Throws Error(device) if the library can't be loaded.
+void register_provider_library(const std::string& name, const std::filesystem::path& path);
+
+}  // namespace mirror

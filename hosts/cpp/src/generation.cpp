@@ -1,0 +1,254 @@
+#include "generation.hpp"
+
+#include <algorithm>
+
+#include "candidates.hpp"
+
+namespace mirror {
+
+Generation::Generation(Target& target, DraftSeat* seat, Sequence& sequence, Sampler sampler, Stopping stopping,
+                       Mode mode, RoundShape shape, std::optional<CoupledNoise> noise, std::function<bool()> cancelled)
+    : target_(target),
+      seat_(seat),
+      sequence_(sequence),
+      sampler_(std::move(sampler)),
+      stopping_(std::move(stopping)),
+      mode_(mode),
+      shape_(shape),
+      noise_(noise),
+      cancelled_(std::move(cancelled)) {}
+
+Tokens Generation::next() {
+  if (!started_) {
+    started_ = true;
+    start_draft();
+    return prefill();
+  }
+  return goes_on() ? step() : Tokens{};
+}
+
+void Generation::settle() {
+  sequence_.settle();
+  // Waits until the draft's thread is idle, so that the next generation finds it so.
+  if (seat_ == nullptr || seat_->lost()) return;
+  try {
+    seat_->finish(seat_->start<Nothing>([states = take_states()](Draft& draft) {
+      for (const auto& [start, values] : *states) draft.see_states(start, values);
+      return Nothing{};
+    }));
+  } catch (const Error& error) {
+    lose_draft(error);
+  }
+}
+
+Tokens Generation::step() {
+  const auto start = Clock::now();
+  const Mode mode = mode_;
+  const int first = sequence_.length();
+  const Tokens window = propose();
+  const auto overlap = start_rollout(window);
+  const Outcome outcome = verify_window(window, overlap);
+  Tokens tokens(window.begin() + 1, window.begin() + 1 + outcome.accepted);
+  tokens.push_back(outcome.next);
+  const Tokens committed = commit(std::move(tokens));
+  sequence_.cached = first + outcome.accepted;
+  const auto rollout = collect(overlap, outcome);
+  note(mode, window, outcome, committed.size(), rollout, start);
+  return committed;
+}
+
+bool Generation::goes_on() {
+  if (!finish_reason && cancelled_()) finish_reason = FinishReason::cancelled;
+  return !finish_reason;
+}
+
+// Lets the draft read the prompt, at the same time as the target where they overlap.
+void Generation::start_draft() {
+  if (seat_ == nullptr) return;
+  // One that is fed by the target's states reads when they are there.
+  const bool reads = mode_ != Mode::plain && !shape_.wants_states;
+  reading_ = seat_->start<Nothing>([tokens = copy_of_tokens(), kept = sequence_.cached, reads](Draft& draft) {
+    // In plain mode too: the context changes, and a later answer may go on from it.
+    draft.keep(kept);
+    if (reads) draft.read(*tokens);
+    return Nothing{};
+  });
+  if (mode_ == Mode::serial) wait_reading();
+}
+
+void Generation::wait_reading() {
+  if (!reading_) return;
+  const auto job = std::exchange(reading_, nullptr);
+  try {
+    const auto span = log_.span(SpanName::draft_prefill_wait);
+    seat_->finish(job);
+  } catch (const Error& error) {
+    lose_draft(error);
+  }
+}
+
+// Runs the prompt and commits its first answer token; nothing if cancelled on the way.
+Tokens Generation::prefill() {
+  const float* logits = nullptr;
+  while (logits == nullptr && goes_on()) {
+    const auto span = log_.span(SpanName::prefill);
+    const Token* waiting = sequence_.tokens().data() + sequence_.cached;
+    const auto done =
+        target_.prefill(waiting, sequence_.length() - sequence_.cached, sequence_.cached, shape_.prefill_chunk);
+    note_states(sequence_.cached);
+    sequence_.cached += done.rows;
+    logits = done.logits;
+    ++prefill_passes;
+  }
+  log_.take();
+  return logits == nullptr ? Tokens{} : commit({choose(logits, sequence_.length())});
+}
+
+// How many tokens may still be committed.
+int Generation::room() const { return static_cast<int>(std::min<std::int64_t>(stopping_.left(), sequence_.room())); }
+
+// The window: the last token, and what the draft says comes next.
+Tokens Generation::propose() {
+  auto prepared = std::exchange(prepared_, std::nullopt);
+  const int count = std::min(shape_.gamma, room() - 1);
+  if (!prepared && count > 0 && mode_ != Mode::plain) prepared = redraft(count);
+  Tokens window = {sequence_.tokens().back()};
+  if (prepared)
+    window.insert(window.end(), prepared->begin(),
+                  prepared->begin() +
+                      std::min<std::ptrdiff_t>(std::max(count, 0), static_cast<std::ptrdiff_t>(prepared->size())));
+  return window;
+}
+
+// A proposal made while the target waits.
+Tokens Generation::redraft(int count) {
+  wait_reading();
+  if (mode_ == Mode::plain) return {};
+  try {
+    // Begins before the draft does: waking it may cost this thread its core.
+    const auto span = log_.span(SpanName::redraft);
+    const auto job = seat_->start<Proposal>(
+        [tokens = copy_of_tokens(), states = take_states(), count, noise = noise_](Draft& draft) {
+          for (const auto& [start, values] : *states) draft.see_states(start, values);
+          return draft.propose(*tokens, count, noise);
+        });
+    Proposal proposal = seat_->finish(job);
+    draft_spans_.insert(draft_spans_.end(), proposal.spans.begin(), proposal.spans.end());
+    return std::move(proposal.tokens);
+  } catch (const Error& error) {
+    lose_draft(error);
+    return {};
+  }
+}
+
+// Sends the draft off to continue every likely outcome of this window.
+std::optional<Generation::Overlap> Generation::start_rollout(const Tokens& window) {
+  // The next window has at most one token less than there is room for, and begins with x_0.
+  const int depth = std::min(shape_.gamma, room() - 2);
+  if (mode_ != Mode::mirror || depth < 1) return std::nullopt;
+  auto meeting = std::make_shared<Meeting>();
+  auto job = seat_->start<Rollout>(
+      [tokens = copy_of_tokens(), states = take_states(), window, depth, meeting, noise = noise_](Draft& draft) {
+        for (const auto& [start, values] : *states) draft.see_states(start, values);
+        return draft.roll_out(*tokens, window, depth, *meeting, noise);
+      });
+  return Overlap{std::move(meeting), std::move(job)};
+}
+
+// Runs the target over the window and compares.
+Outcome Generation::verify_window(const Tokens& window, const std::optional<Overlap>& overlap) {
+  try {
+    const float* logits = run_target(window, overlap);
+    const std::int64_t position = sequence_.length();
+    Outcome outcome;
+    {
+      const auto span = log_.span(SpanName::verify);
+      outcome = verify(window, [&](int row) {
+        return choose(logits + static_cast<std::ptrdiff_t>(row) * target_.vocab_size(), position + row);
+      });
+    }
+    if (overlap) overlap->meeting->decide(outcome);
+    return outcome;
+  } catch (...) {
+    if (overlap) overlap->meeting->abandon();
+    throw;
+  }
+}
+
+// The window's logits, [width, vocab]; offers the exit's candidates on the way.
+const float* Generation::run_target(const Tokens& window, const std::optional<Overlap>& overlap) {
+  const int start = sequence_.length() - 1;
+  {
+    const auto span = log_.span(SpanName::prefix);
+    target_.run_prefix(window.data(), static_cast<int>(window.size()), start);
+  }
+  if (note_states(start) && overlap) overlap->meeting->state(unseen_.back().second);
+  if (overlap && shape_.wants_exit) {
+    const auto span = log_.span(SpanName::exit_head);
+    overlap->meeting->offer(target_.run_exit_head());
+  }
+  const auto span = log_.span(SpanName::suffix);
+  return target_.run_suffix();
+}
+
+Token Generation::choose(const float* logits, std::int64_t position) {
+  const Token token = sampler_.choose(logits, position);
+  sampler_.see(token);
+  return token;
+}
+
+// Appends the tokens that count and notes whether they end the answer.
+Tokens Generation::commit(Tokens tokens) {
+  if (static_cast<int>(tokens.size()) > sequence_.room()) tokens.resize(static_cast<std::size_t>(sequence_.room()));
+  finish_reason = stopping_.cut(tokens);
+  sequence_.append(tokens);
+  if (!finish_reason && sequence_.room() == 0) finish_reason = FinishReason::length;
+  return tokens;
+}
+
+// Waits for the rollout and takes over the branch that fits, if any.
+std::optional<Rollout> Generation::collect(const std::optional<Overlap>& overlap, const Outcome& outcome) {
+  if (!overlap) return std::nullopt;
+  if (finish_reason) overlap->meeting->abandon();
+  try {
+    const auto span = log_.span(SpanName::rollout_wait);
+    Rollout rollout = seat_->finish(overlap->job);
+    draft_spans_.insert(draft_spans_.end(), rollout.spans.begin(), rollout.spans.end());
+    const int row = find_branch(rollout.branches, outcome);
+    if (row >= 0) prepared_ = rollout.continuations[static_cast<std::size_t>(row)];
+    return rollout;
+  } catch (const Error& error) {
+    lose_draft(error);
+    return std::nullopt;
+  }
+}
+
+void Generation::note(Mode mode, const Tokens& window, const Outcome& outcome, std::size_t committed,
+                      const std::optional<Rollout>& rollout, Clock::time_point start) {
+  std::optional<bool> reused;
+  if (rollout && !finish_reason) reused = prepared_.has_value();
+  std::vector<Span> spans = log_.take();
+  spans.insert(spans.end(), draft_spans_.begin(), draft_spans_.end());
+  draft_spans_.clear();
+  rounds.push_back({mode, static_cast<int>(window.size()) - 1, outcome.accepted, static_cast<int>(committed), reused,
+                    rollout ? static_cast<int>(rollout->branches.size()) : 0, start, Clock::now(), std::move(spans)});
+}
+
+void Generation::lose_draft(const Error& error) {
+  mode_ = Mode::plain;
+  prepared_.reset();
+  events.push_back({"draft_lost", error.what()});
+}
+
+// Keeps the last prefix pass's states for a draft that is fed by them; returns whether it is.
+bool Generation::note_states(int start) {
+  if (seat_ == nullptr || !shape_.wants_states) return false;
+  unseen_.emplace_back(start, target_.exit_states());
+  return true;
+}
+
+std::shared_ptr<Generation::SeenStates> Generation::take_states() {
+  return std::make_shared<SeenStates>(std::exchange(unseen_, {}));
+}
+
+}  // namespace mirror

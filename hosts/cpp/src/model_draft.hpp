@@ -1,0 +1,89 @@
+// A draft that is a language model on a device, with the tree layout of docs/bundle.md, lookahead
+// streams and fed features where it has them.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "device.hpp"
+#include "draft.hpp"
+#include "lookahead.hpp"
+#include "pass_pool.hpp"
+#include "spans.hpp"
+
+namespace mirror {
+
+struct DraftShape {
+  int capacity;
+  int max_positions;
+  int vocab_size;         // its own vocabulary; the first stream's id
+  int target_vocab_size;  // tokens past it are never proposed
+  int prefill_chunk;
+  std::vector<int> tokens_per_pass;
+  std::size_t state_bytes = 0;  // of one fed row; 0 where no features are fed
+};
+
+// Invariant: slots below filled_ hold the rows of the tokens given last, with one exception that every
+// entry point repairs first: rows of draft tokens which the target then refused. They start at the
+// context's last token but one at the earliest, so keeping length - 1 rows is safe.
+class ModelDraft final : public Draft {
+ public:
+  ModelDraft(std::unique_ptr<Segment> trunk, std::unique_ptr<Segment> branch, DraftShape shape, CandidateSource source,
+             std::vector<int> fanout);
+
+  void keep(int length) override;
+  void see_states(int start, const States& states) override;
+  void read(const Tokens& tokens) override;
+  Proposal propose(const Tokens& tokens, int count, const std::optional<CoupledNoise>& noise) override;
+  Rollout roll_out(const Tokens& tokens, const Tokens& window, int depth, Meeting& meeting,
+                   const std::optional<CoupledNoise>& noise) override;
+
+ private:
+  using Noise = std::optional<CoupledNoise>;
+  using Places = std::vector<std::int64_t>;
+
+  struct Pass {
+    Pass(int width, int max_positions, SlotBranches slots) : feeds(width, max_positions, std::move(slots)) {}
+    PassFeeds feeds;
+    std::map<int, std::unique_ptr<BoundPass>> trunk, branch;  // by wanted rows
+  };
+
+  // The branches that a rollout still continues.
+  struct Alive {
+    std::vector<int> rows;
+    std::vector<Tokens> tokens;  // per row, what the next pass reads
+  };
+
+  void know(int count);
+  void wait_states(int base, Meeting& meeting);
+  std::vector<Branch> branches(const Tokens& window, Candidates own, Meeting& meeting, const Noise& noise);
+  Tokens advance(const Tokens& tokens, int gives, const Noise& noise);
+  Tokens step(const Token* tokens, int count, int gives, int width, const Noise& noise);
+  Candidates run_trunk(const Tokens& window);
+  void continue_all(Rollout& rollout, int base, int depth, Meeting& meeting, const Noise& noise);
+  Tokens branch_pass(const BranchPass& item, const Alive& alive, const std::vector<Branch>& branches, int base,
+                     int read, int& slot, const Noise& noise);
+  Tokens choose(Pass& pass, const std::vector<BranchRow>& rows, int wanted, int past, const Noise& noise);
+  Candidates candidates(Pass& pass, int wanted, int past);
+  const PassOutputs& run(Pass& pass, bool with_candidates, int wanted, int past);
+  void feed_states(PassFeeds& feeds, std::size_t rows, const std::vector<BranchRow>* branch_rows) const;
+  Pass& pass_at(int width);
+  Token embeddable(Token token) const;
+  bool known(Token token) const { return token >= 0 && token < shape_.target_vocab_size; }
+
+  std::unique_ptr<Segment> trunk_, branch_;
+  DraftShape shape_;
+  CandidateSource source_;
+  std::vector<int> fanout_;
+  std::shared_ptr<KVCache> cache_;
+  SlotBranches slots_;
+  PassPool<Pass> pool_;
+  SpanLog log_;
+  std::vector<std::byte> states_;  // the exit layer's state at every position, where they are fed
+  int filled_ = 0;
+  int known_states_ = 0;  // positions whose state is that of the context
+};
+
+}  // namespace mirror

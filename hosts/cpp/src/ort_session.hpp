@@ -1,0 +1,74 @@
+// Segments and caches on ONNX Runtime, for any execution provider. Knows memory and bindings.
+#pragma once
+
+#include <onnxruntime_cxx_api.h>
+
+#include <functional>
+#include <map>
+#include <set>
+
+#include "device.hpp"
+
+namespace mirror {
+
+// The one environment of the process, its usage reports turned off.
+Ort::Env& ort_environment();
+
+// One execution provider, as sessions need to know it.
+struct Provider {
+  std::string name;            // as ONNX Runtime calls it
+  std::string device = "cpu";  // as users call it
+  Form form = Form::inplace;
+  std::string memory;  // ONNX Runtime's name of its memory; empty for host memory
+  int index = 0;
+  std::set<std::string> host_inputs;             // catalogue inputs that its kernels read in host memory
+  std::function<void(void*, std::size_t)> zero;  // clears its memory
+
+  bool on_host() const { return memory.empty(); }
+};
+
+// A fixed tensor. `host` is its memory where that is the host's, else null.
+struct Buffer {
+  Ort::Value value{nullptr};
+  std::shared_ptr<void> owner;
+  std::byte* host = nullptr;
+  std::vector<std::int64_t> shape;
+  DType dtype = DType::float32;
+};
+
+// Options that every session has.
+Ort::SessionOptions session_options(int threads);
+
+// Makes the session of one pass shape; a provider that takes any shape is asked once.
+using OpenSession = std::function<Ort::Session(const Graph&, PassShape)>;
+
+// A graph as one session, or as one per compiled shape.
+class OrtSegment final : public Segment {
+ public:
+  // `widths` empty: one session for every shape. Else one per shape, `shapes` at once and others
+  // when first asked for.
+  OrtSegment(const SegmentFacts& facts, const Graph& graph, Provider provider, int capacity, OpenSession open,
+             std::vector<int> widths, const std::vector<PassShape>& shapes);
+
+  const std::vector<int>& widths() const override { return widths_; }
+  std::unique_ptr<BoundPass> bind(PassFeeds& feeds, int rows, const std::shared_ptr<KVCache>& cache) override;
+  std::shared_ptr<KVCache> make_cache() override;
+
+ private:
+  const std::shared_ptr<Ort::Session>& session(PassShape shape);
+  PassShape covering(PassShape wanted) const;
+  bool takes_rows() const { return graph_.input("logit_rows") != nullptr; }
+
+  SegmentFacts facts_;
+  Graph graph_;
+  Provider provider_;
+  int capacity_;
+  OpenSession open_;
+  std::vector<int> widths_;
+  std::map<PassShape, std::shared_ptr<Ort::Session>> sessions_;
+};
+
+// The graph of a form. Throws Error(device) naming the forms that the bundle has.
+const Graph& graph_of(const SegmentFacts& facts, Form form, const std::string& device);
+
+}  // namespace mirror

@@ -1,0 +1,254 @@
+#include "plan.hpp"
+
+#include <algorithm>
+#include <fstream>
+#include <numeric>
+#include <set>
+#include <thread>
+
+#include "error.hpp"
+#include "lookahead.hpp"
+#include "model_draft.hpp"
+#include "ngram_draft.hpp"
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+namespace mirror {
+namespace {
+
+std::string listed(const std::vector<int>& numbers) {
+  std::string text;
+  for (const int number : numbers) text += (text.empty() ? "" : ", ") + std::to_string(number);
+  return "(" + text + (numbers.size() == 1 ? ",)" : ")");
+}
+
+void at_least_one(const char* name, const std::optional<int>& found) {
+  if (found && *found < 1)
+    throw Error(ErrorKind::request, std::string(name) + " is " + std::to_string(*found) + "; it must be 1 or more");
+}
+
+int length_of(const Manifest& manifest, const EngineOptions& options) {
+  const int most = manifest.decoding.max_length, length = options.max_length.value_or(most);
+  if (length > most)
+    throw Error(ErrorKind::request, "max_length is " + std::to_string(length) + " and the bundle was exported for " +
+                                        std::to_string(most) +
+                                        "; ask for less or export it with a larger --max-length");
+  return length;
+}
+
+std::vector<int> fanout_of(const Manifest& manifest, const EngineOptions& options, int gamma) {
+  const std::size_t positions = static_cast<std::size_t>(gamma) + 1;
+  const auto& tuned = manifest.settings.fanout;
+  std::vector<int> fanout(positions, options.kappa.value_or(manifest.decoding.kappa));
+  if (options.fanout)
+    fanout = *options.fanout;
+  else if (!options.kappa && tuned && tuned->size() == positions)
+    fanout = *tuned;
+  if (fanout.size() != positions)
+    throw Error(ErrorKind::request, "fanout has " + std::to_string(fanout.size()) + " counts; with gamma " +
+                                        std::to_string(gamma) + " it must have " + std::to_string(positions));
+  const auto [least, most] = std::minmax_element(fanout.begin(), fanout.end());
+  if (*least < 0 || *most < 1)
+    throw Error(ErrorKind::request,
+                "fanout is " + listed(fanout) + "; its counts must be 0 or more, one of them above 0");
+  if (*most > manifest.decoding.kappa)
+    throw Error(ErrorKind::request, "kappa is " + std::to_string(*most) + " and the bundle's graphs give " +
+                                        std::to_string(manifest.decoding.kappa) +
+                                        " candidates; ask for less or re-cut the bundle with a larger --kappa");
+  return fanout;
+}
+
+std::vector<int> tokens_per_pass_of(const Manifest& manifest, const EngineOptions& options) {
+  const int streams = manifest.draft ? manifest.draft->streams : 0;
+  std::vector<int> tokens = {1};
+  if (manifest.settings.tokens_per_pass) tokens = *manifest.settings.tokens_per_pass;
+  if (options.tokens_per_pass) tokens = *options.tokens_per_pass;
+  const auto [least, most] = std::minmax_element(tokens.begin(), tokens.end());
+  if (tokens.empty() || *least < 1 || *most > 1 + streams)
+    throw Error(ErrorKind::request, "tokens_per_pass is " + listed(tokens) + "; the draft has " +
+                                        std::to_string(streams) + " streams, so its counts must be 1 to " +
+                                        std::to_string(1 + streams));
+  return tokens;
+}
+
+// In mirror mode on a shared CPU target and draft run at the same time, and a thread too many makes
+// both wait at every layer: the draft gets a quarter, at least one, and the target the rest.
+void split_threads(Plan& plan, int total, bool shared) {
+  plan.target_threads = plan.draft_threads = total;
+  if (plan.mode != Mode::mirror || !shared || total < 2) return;
+  plan.draft_threads = std::max(1, total / 4);
+  plan.target_threads = total - plan.draft_threads;
+}
+
+const Graph& any_graph(const SegmentFacts& facts) { return facts.graphs.begin()->second; }
+
+// The bytes of one row [hidden] of a tensor [1, width, hidden].
+std::size_t row_bytes(const SegmentFacts& facts, const TensorSpec* spec, const char* name) {
+  const bool known = spec != nullptr && spec->shape.size() == 3 && std::holds_alternative<std::int64_t>(spec->shape[2]);
+  if (!known)
+    throw Error(ErrorKind::bundle, facts.name + " has no " + name + " [1, width, hidden]; export the bundle again");
+  return static_cast<std::size_t>(std::get<std::int64_t>(spec->shape[2])) * size_of(spec->dtype);
+}
+
+// The last size of an output [1, rows, size].
+int last_size(const SegmentFacts& facts, const char* name) {
+  const TensorSpec* spec = any_graph(facts).output(name);
+  if (spec == nullptr || spec->shape.empty() || !std::holds_alternative<std::int64_t>(spec->shape.back()))
+    throw Error(ErrorKind::bundle, facts.name + " has no output " + name + " of a fixed size; export the bundle again");
+  return static_cast<int>(std::get<std::int64_t>(spec->shape.back()));
+}
+
+void require_output(const SegmentFacts& facts, const char* name) {
+  for (const auto& [form, graph] : facts.graphs)
+    if (graph.output(name) == nullptr)
+      throw Error(ErrorKind::bundle, facts.name + " has no output " + name + "; export the bundle again");
+}
+
+// The passes of a proposal and of a rollout: one branch's, and all branches'.
+std::vector<PassShape> draft_shapes(const Plan& plan) {
+  std::set<PassShape> shapes;
+  for (const BranchPass& pass : branch_passes(plan.tokens_per_pass, plan.gamma))
+    for (const int count : {1, plan.branches()}) shapes.insert({count * pass.rows(), count * pass.gives});
+  return {shapes.begin(), shapes.end()};
+}
+
+// The bytes of one row of the features that feed the draft, 0 for a draft of tokens alone.
+std::size_t feature_bytes(const Manifest& manifest, const SegmentFacts& draft) {
+  const auto& layer = manifest.draft->feature_layer;
+  if (!layer) return 0;
+  if (*layer != manifest.decoding.exit_layer)
+    throw Error(ErrorKind::bundle, "the draft is fed by the state after layer " + std::to_string(*layer) +
+                                       " and the target is cut after layer " +
+                                       std::to_string(manifest.decoding.exit_layer) + "; export the bundle again");
+  const SegmentFacts& prefix = manifest.segment("target_prefix");
+  const std::size_t bytes = row_bytes(draft, any_graph(draft).input("features"), "features");
+  if (bytes != row_bytes(prefix, any_graph(prefix).output("hidden_states"), "hidden_states"))
+    throw Error(ErrorKind::bundle, "the draft takes other features than target_prefix gives; export the bundle again");
+  return bytes;
+}
+
+}  // namespace
+
+void EngineOptions::check() const {
+  at_least_one("threads", threads);
+  at_least_one("max_length", max_length);
+  at_least_one("gamma", gamma);
+  at_least_one("kappa", kappa);
+  at_least_one("max_ngram_size", max_ngram_size);
+  if (!(draft_timeout_s > 0))
+    throw Error(ErrorKind::request, "draft_timeout_s is " + std::to_string(draft_timeout_s) + "; it must be above 0");
+}
+
+int Plan::branches() const { return std::accumulate(fanout.begin(), fanout.end(), 0); }
+
+Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shared_cpu) {
+  options.check();
+  const Settings& settings = manifest.settings;
+  Plan plan{};
+  plan.mode = options.mode.value_or(settings.mode.value_or(Mode::mirror));
+  if (plan.mode != Mode::plain && !manifest.draft)
+    throw Error(ErrorKind::request,
+                "mode " + to_string(plan.mode) +
+                    " needs a draft and this bundle has none; use mode plain, or export it with --draft");
+  plan.source = options.candidates.value_or(settings.candidates.value_or(CandidateSource::both));
+  plan.max_length = length_of(manifest, options);
+  plan.gamma = options.gamma.value_or(settings.gamma.value_or(manifest.decoding.gamma));
+  plan.fanout = fanout_of(manifest, options, plan.gamma);
+  plan.tokens_per_pass = tokens_per_pass_of(manifest, options);
+  plan.pinned = options.pinned;
+  plan.draft_timeout_s = options.draft_timeout_s;
+  plan.max_ngram_size = options.max_ngram_size;
+  split_threads(plan, options.threads.value_or(physical_cores()), shared_cpu);
+  return plan;
+}
+
+Placement open_devices(const Manifest& manifest, const EngineOptions& options) {
+  const Settings& settings = manifest.settings;
+  const std::string target = options.target_device.value_or(settings.target_device.value_or("cpu"));
+  // Settings hold together: a suffix was placed beside the target's device of the same settings.
+  const bool tuned = !options.target_device || options.target_device == settings.target_device;
+  std::optional<std::string> suffix = options.suffix_device;
+  if (!suffix && tuned) suffix = settings.suffix_device;
+  Placement places;
+  places.target = open_device(target);
+  places.suffix = suffix && *suffix != target ? open_device(*suffix) : places.target;
+  places.draft = open_device(options.draft_device.value_or(settings.draft_device.value_or("cpu")));
+  return places;
+}
+
+RoundShape round_shape(const Manifest& manifest, const Plan& plan, std::optional<int> most) {
+  return {std::min(plan.gamma, most.value_or(plan.gamma)), manifest.decoding.prefill_chunk, needs_exit(plan.source),
+          plan.mode != Mode::plain && manifest.draft && manifest.draft->feature_layer};
+}
+
+std::unique_ptr<Target> load_target(const std::filesystem::path& folder, const Manifest& manifest, const Plan& plan,
+                                    const Placement& places) {
+  const int capacity = plan.target_capacity();
+  const std::vector<PassShape> shapes = {
+      {1, 0}, {plan.gamma + 1, 0}, {std::min(manifest.decoding.prefill_chunk, capacity), 1}};
+  const SegmentFacts &prefix = manifest.segment("target_prefix"), &head = manifest.segment("exit_head"),
+                     &suffix = manifest.segment("target_suffix");
+  require_output(prefix, "hidden_states");
+  for (const char* name : {"candidate_ids", "candidate_logprobs"}) require_output(head, name);
+  if (last_size(suffix, "logits") != manifest.model.vocab_size)
+    throw Error(ErrorKind::bundle, "target_suffix gives " + std::to_string(last_size(suffix, "logits")) +
+                                       " logits and the model has " + std::to_string(manifest.model.vocab_size) +
+                                       " tokens; export the bundle again");
+  const auto load = [&](Device& device, const SegmentFacts& facts) {
+    return device.load_segment(folder, facts, capacity, shapes, {}, plan.target_threads);
+  };
+  TargetSegments segments{
+      load(*places.target, prefix), load(*places.target, head), load(*places.suffix, suffix),
+      places.target->name() != places.suffix->name() || round_shape(manifest, plan, {}).wants_states};
+  TargetShape shape{capacity,
+                    manifest.model.max_positions,
+                    manifest.model.vocab_size,
+                    {},
+                    row_bytes(prefix, any_graph(prefix).output("hidden_states"), "hidden_states")};
+  if (plan.pinned) shape.pinned_width = plan.gamma + 1;
+  return std::make_unique<Target>(std::move(segments), shape);
+}
+
+std::unique_ptr<Draft> load_draft(const std::filesystem::path& folder, const Manifest& manifest, const Plan& plan,
+                                  Device& device) {
+  if (manifest.draft->kind == "ngram")
+    return std::make_unique<NgramDraft>(plan.source, plan.fanout, plan.max_ngram_size);
+  const SegmentFacts &trunk = manifest.segment("draft_trunk"), &branch = manifest.segment("draft");
+  for (const char* name : {"candidate_ids", "candidate_logprobs"}) require_output(trunk, name);
+  require_output(branch, "token_ids");
+  const int capacity = rollout_capacity(plan.max_length, plan.gamma, plan.branches(), plan.tokens_per_pass);
+  const auto steps = draft_shapes(plan);
+  DraftShape shape{capacity,
+                   manifest.model.max_positions,
+                   manifest.draft->vocab_size,
+                   manifest.model.vocab_size,
+                   manifest.decoding.prefill_chunk,
+                   plan.tokens_per_pass,
+                   feature_bytes(manifest, branch)};
+  return std::make_unique<ModelDraft>(
+      device.load_segment(folder, trunk, capacity, {{plan.gamma + 1, 0}}, steps, plan.draft_threads),
+      device.load_segment(folder, branch, capacity, steps, {}, plan.draft_threads), std::move(shape), plan.source,
+      plan.fanout);
+}
+
+int physical_cores() {
+#ifdef __linux__
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+    std::set<std::string> cores;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (!CPU_ISSET(cpu, &allowed)) continue;
+      std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+      std::string siblings;
+      cores.insert(std::getline(file, siblings) ? siblings : std::to_string(cpu));
+    }
+    return std::max<int>(1, static_cast<int>(cores.size()));
+  }
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+}  // namespace mirror

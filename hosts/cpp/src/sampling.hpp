@@ -1,0 +1,76 @@
+// The target's own choice of a token, from one row of logits. Pure. The law: docs/sampling.md.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "records.hpp"
+
+namespace mirror {
+
+// How a token is chosen. Same meaning and limits as the Python package's arguments.
+struct SamplingParams {
+  double temperature = 0.0;  // 0 is greedy
+  std::int64_t top_k = 0;    // 0 keeps all
+  double top_p = 1.0;        // 1 keeps all
+  double min_p = 0.0;        // 0 keeps all
+  double repetition_penalty = 1.0;
+  std::uint64_t seed = 0;
+
+  // Throws Error(request) with the first value that is out of range.
+  void check() const;
+};
+
+// Chooses tokens of one sequence; remembers which tokens the context holds, if that matters.
+class Sampler {
+ public:
+  Sampler(const SamplingParams& params, int vocab_size, const Tokens& context);
+
+  // The token for an absolute position, from its logits [vocab]. Throws Error(device) if no logit is finite.
+  Token choose(const float* logits, std::int64_t position);
+
+  // Notes that the context now holds a token; call it for each token before choosing a later one.
+  void see(Token token) {
+    if (!seen_.empty()) seen_[static_cast<std::size_t>(token)] = 1;
+  }
+
+ private:
+  Token choose_greedy(const float* logits) const;
+  void keep_finite(const float* logits);
+  void keep_top_k();
+  void keep_top_p();
+  void keep_min_p();
+  template <typename Keep>
+  void keep_where(Keep keep);
+  void order_likeliest(std::size_t count);
+  Token draw(std::int64_t position);
+  Token draw_of_all(std::int64_t position) const;
+  Token draw_of_tail(std::int64_t position, double least);
+  float penalised(const float* logits, int token) const;
+
+  SamplingParams params_;
+  int vocab_size_;
+  std::vector<unsigned char> seen_;
+  // The kept tokens, ascending, and the log weight of each; scratch of one choice.
+  std::vector<std::int32_t> ids_;
+  std::vector<double> scores_;
+  std::vector<double> weights_;
+  std::vector<std::int32_t> order_;  // indices into ids_
+};
+
+// The target's own noise, for whoever guesses its draws. The target draws argmax(log p + Gumbel noise),
+// and that noise is no secret: a draft that adds it to its own scores guesses far more draws, and
+// nothing depends on it but how often a guess is right.
+struct CoupledNoise {
+  std::uint64_t seed;
+  double temperature;
+
+  // Orders the candidates of each position by falling score with the noise in it. `positions`: the
+  // absolute position of the token that each row is for. Left as they are where there are no odds.
+  void order(Candidates& candidates, const std::vector<std::int64_t>& positions) const;
+};
+
+// The index of the greatest of `count` values, the lowest one on ties; of a NaN, if there is any.
+int argmax(const float* values, int count);
+
+}  // namespace mirror

@@ -1,0 +1,77 @@
+#include "target.hpp"
+
+#include <algorithm>
+#include <iterator>
+
+namespace mirror {
+namespace {
+
+std::vector<int> common_widths(const std::vector<int>& one, const std::vector<int>& other) {
+  if (one.empty() || other.empty()) return one.empty() ? other : one;
+  std::vector<int> both;
+  std::set_intersection(one.begin(), one.end(), other.begin(), other.end(), std::back_inserter(both));
+  return both;
+}
+
+}  // namespace
+
+Target::Target(TargetSegments segments, const TargetShape& shape)
+    : segments_(std::move(segments)),
+      shape_(shape),
+      widths_(common_widths(segments_.prefix->widths(), segments_.suffix->widths())),
+      prefix_cache_(segments_.prefix->make_cache()),
+      suffix_cache_(segments_.suffix->make_cache()) {}
+
+void Target::run_prefix(const Token* tokens, int count, int past) {
+  open(tokens, count, past, fit_width(widths_, shape_.pinned_width.value_or(count)));
+}
+
+Candidates Target::run_exit_head() {
+  if (!pass_->exit_head) pass_->exit_head = segments_.exit_head->bind(pass_->feeds, pass_->feeds.width, nullptr);
+  pass_->exit_head->run(past_);
+  const PassOutputs& out = pass_->exit_head->outputs();
+  const auto count = static_cast<std::size_t>(rows_ * out.top);
+  return {Tokens(out.candidate_ids, out.candidate_ids + count),
+          std::vector<float>(out.candidate_logprobs, out.candidate_logprobs + count), out.top};
+}
+
+const float* Target::run_suffix() {
+  // Pinned: the LM head too must run on the same number of rows in every pass.
+  return suffix(0, shape_.pinned_width ? pass_->feeds.width : rows_);
+}
+
+Target::Prefilled Target::prefill(const Token* tokens, int count, int past, int chunk) {
+  const Chunk next = chunk_width(widths_, std::min(chunk, count), shape_.capacity - past);
+  open(tokens, next.rows, past, next.width);
+  const float* logits = suffix(next.rows - 1, 1);
+  return {next.rows, next.rows == count ? logits : nullptr};
+}
+
+void Target::open(const Token* tokens, int count, int past, int width) {
+  pass_ = &pool_.at(width, [&] {
+    auto made = std::make_unique<Pass>(width, shape_.max_positions);
+    made->feeds.hidden_on_host = segments_.hidden_on_host;
+    made->prefix = segments_.prefix->bind(made->feeds, width, prefix_cache_);
+    return made;
+  });
+  past_ = past;
+  rows_ = count;
+  pass_->feeds.fill_causal(tokens, count, past);
+  pass_->prefix->run(past);
+}
+
+const float* Target::suffix(int first, int rows) {
+  auto& bound = pass_->suffix[rows];
+  if (!bound) bound = segments_.suffix->bind(pass_->feeds, rows, suffix_cache_);
+  pass_->feeds.want_rows(first, rows);
+  bound->run(past_);
+  return bound->outputs().logits;
+}
+
+States Target::exit_states() const {
+  const std::size_t bytes = shape_.state_bytes * static_cast<std::size_t>(rows_);
+  const std::byte* data = pass_->prefix->hidden();
+  return {std::vector<std::byte>(data, data + bytes), rows_};
+}
+
+}  // namespace mirror

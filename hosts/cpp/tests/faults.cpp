@@ -1,0 +1,382 @@
+// What must go wrong, and how: `mirror_faults BUNDLES`. Whatever fails says one clear sentence, and the
+// text and the engine survive.
+
+#include <atomic>
+#include <condition_variable>
+#include <filesystem>
+#include <fstream>
+#include <future>
+#include <mutex>
+#include <thread>
+
+#include "checks.hpp"
+#include "engine.hpp"
+#include "error.hpp"
+#include "hooked.hpp"
+
+namespace {
+
+using namespace mirror;
+namespace fs = std::filesystem;
+
+fs::path bundles;
+Checks checks;
+const Tokens prompt = {1, 2, 3};
+
+// Opens and closes once; waiting gives up after 20 s, so that a broken test ends.
+class Gate {
+ public:
+  void open() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    open_ = true;
+    changed_.notify_all();
+  }
+  bool wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    return changed_.wait_for(lock, std::chrono::seconds(20), [this] { return open_; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool open_ = false;
+};
+
+std::shared_ptr<Engine> open_engine(const std::string& bundle, EngineOptions options,
+                                    std::shared_ptr<Device> target = nullptr, std::shared_ptr<Device> draft = nullptr) {
+  options.threads = 1;
+  const fs::path folder = bundles / bundle;
+  Placement places;
+  places.target = target ? target : open_device("cpu");
+  places.suffix = places.target;
+  places.draft = draft ? draft : open_device("cpu");
+  return std::make_shared<Engine>(folder, read_manifest(folder), options, places);
+}
+
+EngineOptions in_mode(Mode mode) {
+  EngineOptions options;
+  options.mode = mode;
+  return options;
+}
+
+GenerationOptions up_to(std::int64_t tokens) {
+  GenerationOptions options;
+  options.max_new_tokens = tokens;
+  return options;
+}
+
+std::unique_ptr<Answer> run(Engine& engine, const Tokens& tokens = prompt, std::int64_t count = 40) {
+  auto answer = engine.answer(tokens, up_to(count));
+  while (answer->next()) {
+  }
+  return answer;
+}
+
+const Tokens& path() {
+  static const Tokens tokens = run(*open_engine("context", in_mode(Mode::plain)))->tokens();
+  return tokens;
+}
+
+bool begins_path(const Tokens& tokens) {
+  return tokens.size() <= path().size() && std::equal(tokens.begin(), tokens.end(), path().begin());
+}
+
+// Checks that `work` throws an Error of a kind whose message holds a text.
+template <typename Work>
+void refused(const std::string& name, ErrorKind kind, const std::string& text, Work work) {
+  try {
+    work();
+    checks.check(false, name + ": nothing was refused");
+  } catch (const Error& error) {
+    checks.check(error.kind() == kind && std::string(error.what()).find(text) != std::string::npos,
+                 name + ": " + error.what());
+  }
+}
+
+// A hook that acts on the n-th pass of a segment, once.
+Hook nth(const std::string& segment, int number, Hook act) {
+  auto left = std::make_shared<std::atomic<int>>(number);
+  return [=](const std::string& name, const PassFeeds& feeds) {
+    if (name == segment && --*left == 0) act(name, feeds);
+  };
+}
+
+void out_of_luck(const std::string&, const PassFeeds&) { throw std::runtime_error("out of luck"); }
+
+std::shared_ptr<Device> hooked(Hook hook) { return std::make_shared<HookedDevice>(std::move(hook)); }
+
+void draft_that_throws(Mode mode, const std::string& segment, int number) {
+  const std::string name = "draft throws " + to_string(mode) + " " + segment + " " + std::to_string(number);
+  const auto engine = open_engine("context", in_mode(mode), nullptr, hooked(nth(segment, number, out_of_luck)));
+  for (int turn = 0; turn < 2; ++turn) {
+    const auto answer = run(*engine);
+    checks.equal(answer->tokens(), path(), name);
+    checks.check(answer->events().size() == 1 && answer->events()[0].kind == "draft_lost" &&
+                     answer->events()[0].message.find("out of luck") != std::string::npos,
+                 name + " events");
+    checks.check(answer->rounds().back().mode == Mode::plain, name + " goes on in plain mode");
+  }
+}
+
+void draft_that_hangs(Mode mode, int number) {
+  const std::string name = "draft hangs " + to_string(mode) + " " + std::to_string(number);
+  auto wake = std::make_shared<Gate>();
+  EngineOptions options = in_mode(mode);
+  options.draft_timeout_s = 0.2;
+  const auto engine =
+      open_engine("context", options, nullptr,
+                  hooked(nth("draft", number, [wake](const std::string&, const PassFeeds&) { wake->wait(); })));
+  const auto answer = run(*engine);
+  checks.equal(answer->tokens(), path(), name);
+  checks.check(
+      answer->events().size() == 1 && answer->events()[0].message.find("no answer within 0.2 s") != std::string::npos,
+      name + " events");
+  wake->open();
+  checks.equal(run(*engine)->tokens(), path(), name + " again");
+}
+
+void target_that_fails(Mode mode, const std::string& segment) {
+  const std::string name = "target fails " + to_string(mode) + " " + segment;
+  const auto engine = open_engine("context", in_mode(mode), hooked(nth(segment, 3, out_of_luck)));
+  const auto answer = engine->answer(prompt, up_to(40));
+  bool failed = false;
+  try {
+    while (answer->next()) {
+    }
+  } catch (const std::runtime_error& error) {
+    failed = std::string(error.what()) == "out of luck";
+  }
+  checks.check(failed && begins_path(answer->tokens()) && answer->finish_reason() == FinishReason::cancelled, name);
+  checks.equal(run(*engine)->tokens(), path(), name + " and the engine goes on");
+}
+
+void busy_and_freed() {
+  auto engine = open_engine("context", {});
+  auto first = engine->answer(prompt, up_to(40));
+  first->next();
+  refused("busy", ErrorKind::busy, "already making an answer", [&] { engine->answer({5, 6}, up_to(3)); });
+  while (first->next()) {
+  }
+  checks.equal(first->tokens(), path(), "the first answer is unharmed");
+  checks.equal(run(*engine, {5, 6}, 3)->tokens().size(), std::size_t{3}, "and the engine is free");
+  auto half = engine->answer(prompt, up_to(40));
+  half->next();
+  half.reset();
+  checks.equal(run(*engine)->tokens(), path(), "a dropped answer frees the engine");
+  auto last = engine->answer(prompt, up_to(40));
+  engine->cancel();
+  engine.reset();
+  checks.check(!last->next() && last->finish_reason() == FinishReason::cancelled, "an answer outlives its engine");
+}
+
+void cancelled_in_mid_round(Mode mode) {
+  const std::string name = "cancel " + to_string(mode);
+  auto reached = std::make_shared<Gate>(), go_on = std::make_shared<Gate>();
+  const auto engine =
+      open_engine("context", in_mode(mode), hooked(nth("target_suffix", 4, [=](const std::string&, const PassFeeds&) {
+                    reached->open();
+                    go_on->wait();
+                  })));
+  std::unique_ptr<Answer> answer;
+  std::thread worker([&] { answer = run(*engine); });
+  checks.check(reached->wait(), name + " reached");
+  engine->cancel();
+  go_on->open();
+  worker.join();
+  // The pass that was paused is the third round's; it was committed, and none after it.
+  checks.check(answer->finish_reason() == FinishReason::cancelled && answer->rounds().size() == 3 &&
+                   begins_path(answer->tokens()),
+               name);
+  checks.equal(run(*engine)->tokens(), path(), name + " and the engine goes on");
+}
+
+void cancelled_in_prefill() {
+  std::weak_ptr<Engine> known;
+  const auto engine =
+      open_engine("context", {}, hooked(nth("target_suffix", 2, [&known](const std::string&, const PassFeeds&) {
+                    if (const auto engine = known.lock()) engine->cancel();
+                  })));
+  known = engine;
+  Tokens long_prompt;
+  for (Token token = 0; token < 20; ++token) long_prompt.push_back(token);
+  const auto answer = run(*engine, long_prompt);
+  checks.check(answer->tokens().empty() && answer->finish_reason() == FinishReason::cancelled,
+               "cancel during a long prompt");
+  checks.equal(run(*engine)->tokens(), path(), "and the engine goes on");
+}
+
+void requests_that_make_no_sense() {
+  EngineOptions short_context;
+  short_context.max_length = 10;
+  const auto engine = open_engine("context", short_context);
+  refused("long prompt", ErrorKind::capacity, "prompt has 12 tokens and the cache holds 10",
+          [&] { run(*engine, Tokens(12, 1)); });
+  checks.equal(run(*engine)->tokens().size(), std::size_t{7}, "a full cache ends the answer");
+  refused("no tokens", ErrorKind::request, "no tokens", [&] { run(*engine, {}); });
+  refused("unknown token", ErrorKind::request, "token 23; this model's tokens are 0 to 22",
+          [&] { run(*engine, {1, 23}); });
+  refused("negative token", ErrorKind::request, "token -1", [&] { run(*engine, {-1}); });
+  refused("no length", ErrorKind::request, "max_new_tokens is 0", [&] { engine->answer(prompt, up_to(0)); });
+  GenerationOptions hot;
+  hot.sampling.temperature = -1;
+  refused("temperature", ErrorKind::request, "temperature is -1; it must be 0 (greedy) or more",
+          [&] { engine->answer(prompt, hot); });
+  GenerationOptions stop;
+  stop.stop = {"x"};
+  refused("text without a tokenizer", ErrorKind::request, "no tokenizer.json", [&] { engine->answer(prompt, stop); });
+}
+
+void options_that_can_not_be_served() {
+  EngineOptions options;
+  options.kappa = 9;
+  refused("kappa", ErrorKind::request, "kappa is 9 and the bundle's graphs give 2",
+          [&] { open_engine("context", options); });
+  options = {};
+  options.fanout = std::vector<int>{1, 1};
+  refused("fanout", ErrorKind::request, "fanout has 2 counts; with gamma 3 it must have 4",
+          [&] { open_engine("context", options); });
+  options.fanout = std::vector<int>{0, 0, 0, 0};
+  refused("no branch", ErrorKind::request, "one of them above 0", [&] { open_engine("context", options); });
+  options = {};
+  options.max_length = 1000;
+  refused("max_length", ErrorKind::request, "exported for 64", [&] { open_engine("context", options); });
+  options = {};
+  options.tokens_per_pass = std::vector<int>{2};
+  refused("streams", ErrorKind::request, "the draft has 0 streams", [&] { open_engine("context", options); });
+  refused("no draft", ErrorKind::request, "mode mirror needs a draft and this bundle has none",
+          [&] { open_engine("alone", {}); });
+  const auto plain = open_engine("context", in_mode(Mode::plain));
+  GenerationOptions serial;
+  serial.mode = Mode::serial;
+  refused("plain engine", ErrorKind::request, "without it", [&] { plain->answer(prompt, serial); });
+}
+
+void devices_that_are_not_there() {
+  refused("device name", ErrorKind::device, "no device is called 'gpu'", [&] { open_device("gpu"); });
+  EngineOptions options;
+  options.target_device = "cuda:0";
+  const auto offered = Ort::GetAvailableProviders();
+  if (std::find(offered.begin(), offered.end(), "CUDAExecutionProvider") == offered.end())
+    refused("no cuda", ErrorKind::device, "cuda:0 needs CUDAExecutionProvider, this onnxruntime offers",
+            [&] { Engine::load(bundles / "context", options); });
+  options.target_device = "openvino:NPU";
+  refused("no plugin", ErrorKind::device, "openvino:NPU isn't there",
+          [&] { Engine::load(bundles / "context", options); });
+  refused("no library", ErrorKind::device, "can't be registered",
+          [&] { register_provider_library("x", "/no/such/library.so"); });
+}
+
+void bundles_that_are_broken() {
+  refused("no folder", ErrorKind::bundle, "the folder does not exist", [&] { Engine::load(bundles / "nowhere", {}); });
+  const fs::path folder = fs::temp_directory_path() / "mirror-faults-bundle";
+  fs::remove_all(folder);
+  fs::copy(bundles / "context", folder);
+  std::ofstream(folder / "target_suffix.onnx", std::ios::binary) << "not a graph";
+  refused("edited", ErrorKind::bundle, "target_suffix.onnx has 11 bytes", [&] { Engine::load(folder, {}); });
+  const Manifest manifest = read_manifest(folder);
+  Placement places{open_device("cpu"), open_device("cpu"), open_device("cpu")};
+  refused("no graph", ErrorKind::device, "cpu can't load target_suffix.onnx",
+          [&] { Engine(folder, manifest, {}, places); });
+  fs::remove(folder / "target_suffix.onnx");
+  refused("missing", ErrorKind::bundle, "target_suffix.onnx is missing from", [&] { Engine::load(folder, {}); });
+  fs::copy(bundles / "context" / "target_suffix.onnx", folder);
+  EngineOptions hashes;
+  hashes.verify_hashes = true;
+  checks.equal(run(*Engine::load(folder, hashes))->tokens(), path(), "hashes agree");
+  std::fstream file(folder / "target_suffix.onnx", std::ios::binary | std::ios::in | std::ios::out);
+  file.seekp(-20, std::ios::end);
+  file.put('!');
+  file.close();
+  refused("same size, other hash", ErrorKind::bundle, "does not have the sha256",
+          [&] { Engine::load(folder, hashes); });
+  fs::remove_all(folder);
+}
+
+// Every form and both kinds of widths give the plain path, and a perfect draft stays perfect where
+// passes are padded, so no real row sees a padding row.
+void forms_and_widths(Form form, bool fixed) {
+  const std::string name = to_string(form) + (fixed ? " fixed" : " free");
+  const auto device = [&] { return std::make_shared<HookedDevice>(nullptr, form, fixed); };
+  for (const std::string bundle : {"context", "wide", "perfect", "streams", "fed"})
+    for (const Mode mode : {Mode::plain, Mode::serial, Mode::mirror}) {
+      EngineOptions options = in_mode(mode);
+      options.pinned = mode != Mode::serial;
+      if (bundle == "streams") options.tokens_per_pass = std::vector<int>{3};
+      const auto expected = run(*open_engine(bundle, in_mode(Mode::plain)), {4, 5, 6, 7, 8, 9, 1})->tokens();
+      const auto answer = run(*open_engine(bundle, options, device(), device()), {4, 5, 6, 7, 8, 9, 1});
+      checks.equal(answer->tokens(), expected, name + " " + bundle + " " + to_string(mode));
+      checks.check(answer->events().empty(),
+                   name + " " + bundle + (answer->events().empty() ? "" : ": " + answer->events()[0].message));
+      if (bundle == "perfect" && mode != Mode::plain)
+        checks.equal(answer->statistics().acceptance_rate.value_or(0), 1.0, name + " perfect draft");
+    }
+}
+
+// The suffix and the draft's rollout wait for each other inside their runs: a serial engine would stand still.
+void really_overlaps() {
+  auto suffix_runs = std::make_shared<Gate>(), draft_runs = std::make_shared<Gate>();
+  std::atomic<int> met{0};
+  const auto target = hooked(nth("target_suffix", 2, [=, &met](const std::string&, const PassFeeds&) {
+    suffix_runs->open();
+    met += draft_runs->wait();
+  }));
+  // The first pass of "draft" reads the prompt, the second one proposes; the rollout's come after those.
+  const auto draft = hooked(nth("draft", 5, [=, &met](const std::string&, const PassFeeds&) {
+    draft_runs->open();
+    met += suffix_runs->wait();
+  }));
+  const auto engine = open_engine("context", {}, target, draft);
+  checks.equal(run(*engine)->tokens(), path(), "overlap: tokens");
+  checks.equal(met.load(), 2, "suffix and rollout met inside their runs");
+}
+
+void reuses_the_cache() {
+  const auto engine = open_engine("context", {});
+  Tokens longer = prompt;
+  const auto first = run(*engine);
+  longer.insert(longer.end(), first->tokens().begin(), first->tokens().end());
+  longer.push_back(5);
+  GenerationOptions options = up_to(15);
+  options.reuse_cache = true;
+  auto second = engine->answer(longer, options);
+  while (second->next()) {
+  }
+  checks.equal(second->tokens(), run(*open_engine("context", in_mode(Mode::plain)), longer, 15)->tokens(),
+               "a reused cache gives the same text");
+  // All but the last token of the first answer, which no pass has read.
+  checks.equal(second->statistics().reused_prompt_tokens, 42, "and runs only what is new");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 2) {
+    std::fprintf(stderr, "usage: mirror_faults BUNDLES\n");
+    return 2;
+  }
+  bundles = arguments[1];
+  for (const int number : {1, 2, 5}) {
+    checks.group("serial draft", [&] { draft_that_throws(Mode::serial, "draft", number); });
+    checks.group("mirror draft", [&] { draft_that_throws(Mode::mirror, "draft", number); });
+    checks.group("mirror trunk", [&] { draft_that_throws(Mode::mirror, "draft_trunk", number); });
+  }
+  for (const Mode mode : {Mode::serial, Mode::mirror})
+    for (const int number : {1, 4}) checks.group("hang", [&] { draft_that_hangs(mode, number); });
+  for (const Mode mode : {Mode::plain, Mode::serial, Mode::mirror}) {
+    for (const char* segment : {"target_prefix", "target_suffix"})
+      checks.group("target", [&] { target_that_fails(mode, segment); });
+    checks.group("cancel", [&] { cancelled_in_mid_round(mode); });
+  }
+  checks.group("exit head", [] { target_that_fails(Mode::mirror, "exit_head"); });
+  checks.group("busy", busy_and_freed);
+  checks.group("prefill", cancelled_in_prefill);
+  checks.group("requests", requests_that_make_no_sense);
+  checks.group("options", options_that_can_not_be_served);
+  checks.group("devices", devices_that_are_not_there);
+  checks.group("bundles", bundles_that_are_broken);
+  for (const Form form : {Form::inplace, Form::rows})
+    for (const bool fixed : {false, true}) checks.group("forms", [&] { forms_and_widths(form, fixed); });
+  checks.group("overlap", really_overlaps);
+  checks.group("reuse", reuses_the_cache);
+  return checks.end();
+}

@@ -1,0 +1,88 @@
+// Devices for tests: the CPU in either cache form, with free or with fixed widths, and a hook before each run.
+#pragma once
+
+#include <functional>
+#include <set>
+
+#include "ort_session.hpp"
+
+namespace mirror {
+
+using Hook = std::function<void(const std::string& segment, const PassFeeds& feeds)>;
+
+class HookedPass final : public BoundPass {
+ public:
+  HookedPass(std::string name, std::unique_ptr<BoundPass> inner, const PassFeeds& feeds, Hook hook)
+      : name_(std::move(name)), inner_(std::move(inner)), feeds_(feeds), hook_(std::move(hook)) {}
+
+  void run(int past_length) override {
+    if (hook_) hook_(name_, feeds_);
+    inner_->run(past_length);
+  }
+  const PassOutputs& outputs() const override { return inner_->outputs(); }
+  const std::byte* hidden() const override { return inner_->hidden(); }
+
+ private:
+  std::string name_;
+  std::unique_ptr<BoundPass> inner_;
+  const PassFeeds& feeds_;
+  Hook hook_;
+};
+
+class HookedSegment final : public Segment {
+ public:
+  HookedSegment(std::string name, std::unique_ptr<Segment> inner, Hook hook)
+      : name_(std::move(name)), inner_(std::move(inner)), hook_(std::move(hook)) {}
+
+  const std::vector<int>& widths() const override { return inner_->widths(); }
+  std::unique_ptr<BoundPass> bind(PassFeeds& feeds, int rows, const std::shared_ptr<KVCache>& cache) override {
+    return std::make_unique<HookedPass>(name_, inner_->bind(feeds, rows, cache), feeds, hook_);
+  }
+  std::shared_ptr<KVCache> make_cache() override { return inner_->make_cache(); }
+
+ private:
+  std::string name_;
+  std::unique_ptr<Segment> inner_;
+  Hook hook_;
+};
+
+class HookedDevice final : public Device {
+ public:
+  explicit HookedDevice(Hook hook = nullptr, Form form = Form::inplace, bool fixed_widths = false)
+      : hook_(std::move(hook)), form_(form), fixed_widths_(fixed_widths) {}
+
+  const std::string& name() const override { return name_; }
+
+  std::unique_ptr<Segment> load_segment(const std::filesystem::path& folder, const SegmentFacts& facts, int capacity,
+                                        const std::vector<PassShape>& shapes, const std::vector<PassShape>& later,
+                                        int threads) override {
+    Provider provider;
+    provider.name = "CPUExecutionProvider";
+    provider.form = form_;
+    std::set<int> widths;
+    for (const auto* list : {&shapes, &later})
+      for (const PassShape& shape : *list) widths.insert(shape.width);
+    const bool fixed = fixed_widths_;
+    const auto open = [folder, threads, fixed, capacity](const Graph& graph, PassShape shape) {
+      Ort::SessionOptions options = session_options(threads);
+      if (fixed) {
+        options.AddFreeDimensionOverrideByName("width", shape.width);
+        options.AddFreeDimensionOverrideByName("rows", shape.rows);
+        options.AddFreeDimensionOverrideByName("capacity", capacity);
+      }
+      return Ort::Session(ort_environment(), (folder / graph.file).c_str(), options);
+    };
+    auto inner = std::make_unique<OrtSegment>(
+        facts, graph_of(facts, form_, name_), provider, capacity, open,
+        fixed ? std::vector<int>(widths.begin(), widths.end()) : std::vector<int>{}, shapes);
+    return std::make_unique<HookedSegment>(facts.name, std::move(inner), hook_);
+  }
+
+ private:
+  std::string name_ = "cpu";
+  Hook hook_;
+  Form form_;
+  bool fixed_widths_;
+};
+
+}  // namespace mirror

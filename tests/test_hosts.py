@@ -1,0 +1,371 @@
+"""The hosts in C, C++ and C#: built here from pinned packages, on the shared vectors, and against this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+import mirror
+from hosts.toolchain import (
+    DEFAULT_FOLDER,
+    HOSTS,
+    Toolchain,
+    build_cpp,
+    build_csharp,
+    compile_netstandard,
+    fetch,
+    missing_tools,
+)
+from mirror.bench.prompts import load_prompts
+from mirror.errors import ExportError
+from mirror.runtime.text import TextCodec, TextStream
+from tests.vectors.generate import FOLDER, write_bundles
+
+SPEC_BENCH = Path(__file__).parents[2] / "shared" / "data" / "spec_bench.jsonl"
+PLAIN_MODES = ("plain", "serial", "mirror")
+
+
+@pytest.fixture(scope="module")
+def toolchain() -> Toolchain:
+    if (missing := missing_tools()) is not None:
+        pytest.skip(missing)
+    return fetch()
+
+
+@pytest.fixture(scope="module")
+def cpp(toolchain: Toolchain) -> Path:
+    return build_cpp(toolchain, DEFAULT_FOLDER / "cpp") / "tests"
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hosts") / "bundles"
+    folder.mkdir()
+    write_bundles(folder)
+    return folder
+
+
+def passes(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> None:
+    """Run a test program; it must say how many checks it passed, and fail none."""
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env={**os.environ, **(environment or {})}
+    )
+    said = result.stdout[-4000:] + result.stderr[-4000:]
+    assert result.returncode == 0, said
+    assert result.stdout.rstrip().endswith(" passed, 0 failed"), said
+
+
+def test_cpp_passes_the_vectors(cpp: Path, bundles: Path) -> None:
+    passes([cpp / "mirror_vectors", FOLDER, bundles])
+
+
+def test_cpp_meets_faults(cpp: Path, bundles: Path) -> None:
+    passes([cpp / "mirror_faults", bundles])
+
+
+def test_the_c_surface(cpp: Path, bundles: Path) -> None:
+    passes([cpp / "mirror_c_api", bundles])
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(toolchain: Toolchain, bundles: Path, sanitizers: str) -> None:
+    """No suppressions: ONNX Runtime itself is not instrumented, and nothing is said of it."""
+    folder = DEFAULT_FOLDER / f"cpp-{sanitizers.partition(',')[0]}"
+    options = [f"-DMIRROR_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O0"]
+    built = build_cpp(toolchain, folder, *options, targets=("mirror_vectors", "mirror_faults")) / "tests"
+    halt = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
+    passes([built / "mirror_vectors", FOLDER, bundles], halt)
+    passes([built / "mirror_faults", bundles], halt)
+
+
+def test_the_installed_package_is_found(toolchain: Toolchain, cpp: Path, tmp_path: Path, bundles: Path) -> None:
+    """`cmake --install`, then a project of its own that says find_package(mirror)."""
+    prefix, project, build = tmp_path / "prefix", tmp_path / "project", tmp_path / "build"
+    subprocess.run(["cmake", "--install", str(cpp.parent), "--prefix", str(prefix)], check=True, capture_output=True)
+    shutil.copytree(HOSTS / "cpp" / "examples", project)
+    (project / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(consumer CXX)\nset(CMAKE_CXX_STANDARD 17)\n"
+        "find_package(mirror 0.1 REQUIRED)\nadd_executable(generate generate.cpp)\n"
+        "target_link_libraries(generate PRIVATE mirror::mirror)\n"
+    )
+    found = [f"-DCMAKE_PREFIX_PATH={prefix}", *toolchain.cmake_options]
+    configure = ["cmake", "-S", str(project), "-B", str(build), *found]
+    subprocess.run(configure, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(build)], check=True, capture_output=True)
+    result = subprocess.run(
+        [str(build / "generate"), str(bundles / "context"), "hello"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": f"{prefix}/lib:{toolchain.library_folder}"},
+    )
+    assert result.returncode == 1
+    assert "error:" in result.stderr
+    assert "no tokenizer.json" in result.stderr
+
+
+def test_the_library_stays_small_and_depends_on_little(cpp: Path, tmp_path: Path) -> None:
+    stripped = tmp_path / "libmirror.so"
+    subprocess.run(["strip", "-o", str(stripped), str(cpp.parent / "libmirror.so")], check=True)
+    assert stripped.stat().st_size < 1_000_000
+    needed = subprocess.run(["readelf", "-d", str(stripped)], check=True, capture_output=True, text=True).stdout
+    names = {line.split("[")[1].split(".so")[0] for line in needed.splitlines() if "(NEEDED)" in line}
+    assert names <= {"libonnxruntime", "libstdc++", "libm", "libgcc_s", "libc", "libpthread", "libdl"}
+
+
+def test_examples_are_short_enough_to_copy() -> None:
+    for example in (HOSTS / "cpp/examples/generate.cpp", HOSTS / "csharp/MirrorSd.Example/Program.cs"):
+        assert len(example.read_text(encoding="utf-8").splitlines()) < 60, example
+
+
+# C#.
+
+
+@pytest.fixture(scope="module")
+def dotnet(toolchain: Toolchain) -> Toolchain:
+    if (missing := missing_tools(dotnet=True)) is not None:
+        pytest.skip(missing)
+    return fetch(dotnet=True)
+
+
+@pytest.fixture(scope="module")
+def csharp(dotnet: Toolchain) -> Path:
+    return build_csharp(dotnet, DEFAULT_FOLDER / "csharp")
+
+
+def run_csharp(dotnet: Toolchain, programs: Path, cpp: Path, *arguments: Path) -> None:
+    command = [dotnet.dotnet, programs / "MirrorSd.Tests.dll", *arguments]
+    passes(command, dict(dotnet.dotnet_environment(cpp.parent)))
+
+
+def test_csharp_passes_the_vectors(dotnet: Toolchain, csharp: Path, cpp: Path, bundles: Path) -> None:
+    run_csharp(dotnet, csharp, cpp, FOLDER, bundles)
+
+
+def test_csharp_library_is_netstandard(dotnet: Toolchain, tmp_path: Path) -> None:
+    compile_netstandard(dotnet, tmp_path)
+    # The documentation of every public member came out with it.
+    assert "M:MirrorSd.Engine.Stream" in (tmp_path / "MirrorSd.xml").read_text(encoding="utf-8")
+
+
+# Text.
+
+ODD_TEXTS = (
+    "",
+    " ",
+    "  \n\n  a",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "x<|im_start|><|endoftext|>y",
+    "héllo wörld ñ 12345 ½ ² Ⅷ 123.456,789",
+    "日本語テキスト、漢字",
+    "😀👩‍👩‍👧‍👦 emoji 🇩🇪",
+    "don't we'LL I'm they'd 'tis",
+    "a\t\tb\r\nc\n\n\nd   ",
+    "\u00a0nbsp\u2003em\u3000wide",
+    "עברית عربى हिन्दी ไทย",
+    "e\u0301 o\u0302\u0323 \u1112\u1161\u11ab\uac00\u11a8 \u212b \u0958 \u0344 q\u0323\u0307 a\u0301\u0316\u0300",
+    "\ufffd broken \ufffd",
+)
+
+
+def texts() -> Sequence[str]:
+    """Return odd texts, and every prompt of Spec-Bench where it is at hand."""
+    found = list(ODD_TEXTS) + [prompt.text for prompt in load_prompts()]
+    if SPEC_BENCH.is_file():
+        for line in SPEC_BENCH.read_text(encoding="utf-8").splitlines():
+            found += json.loads(line)["turns"]
+    return found
+
+
+def composed_texts() -> Sequence[str]:
+    """Return every character that Unicode decomposes, as it is, decomposed, and with more marks after it."""
+    points = [chr(point) for point in range(0x30000) if unicodedata.decomposition(chr(point))[:1].isalnum()]
+    lines = ["".join(points[start : start + 100]) for start in range(0, len(points), 100)]
+    marked = ["\u0301\u0323".join(line) for line in lines]
+    return [*lines, *(unicodedata.normalize("NFD", line) for line in lines), *marked]
+
+
+def text_cases(codec: TextCodec, some: Sequence[str], vocab: int) -> list[dict[str, Any]]:
+    cases = [_encode_case(codec, text, special) for text in some for special in (True, False)]
+    # Ids in any order: characters that begin and never end, bytes that are no character, special tokens.
+    strides = [[(start * 7919 + step * 104729) % vocab for step in range(40)] for start in range(60)]
+    cases += [{"text": None, "special": False, "tokens": ids, "decoded": codec.decode(ids)} for ids in strides]
+    return cases
+
+
+def _encode_case(codec: TextCodec, text: str, special: bool) -> dict[str, Any]:
+    tokens = codec.encode(text, add_special_tokens=special)
+    return {"text": text, "special": special, "tokens": tokens, "decoded": codec.decode(tokens)}
+
+
+def stop_cases(codec: TextCodec) -> list[dict[str, Any]]:
+    cases = []
+    for stop in (["the"], ["\n\n", "a b"], ["zzzz"], ["é", "éx"], ["漢"], ["b\r", "\n\n\nd"]):
+        for text in (*ODD_TEXTS, "all of the words of the day"):
+            tokens = codec.encode(text)
+            stream = TextStream(codec, stop)
+            decoded = stream.push(tokens) + stream.finish()
+            kept = stream.kept_tokens
+            cases.append({"stop": stop, "tokens": tokens, "decoded": decoded, "stopped": stream.stopped, "kept": kept})
+    return cases
+
+
+def byte_level(pattern: str | None) -> tokenizers.Tokenizer:
+    """Return a trained byte-level tokenizer, split by GPT-2's pattern or by another one."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=pattern is not None))
+    if pattern is not None:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.ByteLevel(add_prefix_space=True)
+        if pattern is None
+        else pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|im_start|>", "<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([prompt.text for prompt in load_prompts()], trainer)
+    return tokenizer
+
+
+def with_byte_fallback() -> tokenizers.Tokenizer:
+    """Return a trained tokenizer of the SentencePiece kind, as Llama 2's."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special)
+    words = [word for prompt in load_prompts() for word in prompt.text.replace(" ", " ▁").split(" ")]
+    tokenizer.train_from_iterator(words, trainer)
+    data = json.loads(tokenizer.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in ("<unk>", "<s>")]
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return tokenizer
+
+
+PATTERNS = {
+    "qwen": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    ),
+    "llama3": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    ),
+    "cased": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "gpt2": None,
+}
+
+
+@pytest.mark.parametrize("kind", [*PATTERNS, "byte fallback"])
+def test_cpp_reads_tokenizers_of_other_families(cpp: Path, tmp_path: Path, kind: str) -> None:
+    tokenizer = with_byte_fallback() if kind == "byte fallback" else byte_level(PATTERNS[kind])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec.load(tmp_path)
+    cases = text_cases(codec, [*composed_texts(), *texts()[:200]], tokenizer.get_vocab_size()) + stop_cases(codec)
+    (tmp_path / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
+    passes([cpp / "mirror_text", tmp_path, tmp_path / "cases.json"])
+
+
+# A real model.
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return SmolLM2 in float32 with the shipped draft; half a gigabyte, removed when the tests are over."""
+    if given := os.environ.get("MIRROR_HOSTS_BUNDLE"):
+        yield Path(given)
+        return
+    pytest.importorskip("torch")
+    from mirror.default_model import locate_model
+    from mirror.export.build import ExportOptions, export_bundle
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    draft = HOSTS.parent / "models" / "smollm2-135m-instruct"
+    try:
+        export_bundle(str(locate_model()), folder / "bundle", ExportOptions(draft=str(draft), max_length=512))
+    except ExportError as error:
+        if "not installed" in str(error):
+            pytest.skip(str(error))
+        raise
+    yield folder / "bundle"
+    shutil.rmtree(folder)
+
+
+SAMPLINGS: Sequence[dict[str, Any]] = (
+    {},
+    {"temperature": 1.0, "seed": 7},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.1, "seed": 2**63 + 1},
+)
+GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def smollm2_cases(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file of what this package says of texts and prompts."""
+    codec = TextCodec.load(smollm2)
+    cases = text_cases(codec, texts(), 49152) + stop_cases(codec) + answer_cases(smollm2, codec)
+    path = tmp_path_factory.mktemp("cases") / "cases.json"
+    path.write_text(json.dumps(cases), encoding="utf-8")
+    return path
+
+
+def answer_cases(bundle: Path, codec: TextCodec) -> list[dict[str, Any]]:
+    cases = []
+    prompt = codec.render([{"role": "user", "content": "Name three colours, then say why the sky is blue."}])
+    with mirror.load(bundle, max_length=256) as engine:
+        for sampling, stop in [(item, ()) for item in SAMPLINGS] + [({}, (" the", "zz"))]:
+            for mode in PLAIN_MODES:
+                answer = engine.generate_tokens(
+                    codec.encode(prompt, add_special_tokens=False),
+                    max_new_tokens=16,
+                    mode=mode,
+                    stop=stop,
+                    **sampling,
+                )
+                text = TextStream(codec, stop)
+                cases.append(
+                    {
+                        "prompt": prompt,
+                        "mode": mode,
+                        "max_new_tokens": 16,
+                        "sampling": {**GREEDY, **sampling, "seed": str(sampling.get("seed", 0))},
+                        "stop_strings": list(stop),
+                        "answer": text.push(answer.tokens) + text.finish(),
+                        "answer_tokens": list(answer.tokens),
+                    }
+                )
+    return cases
+
+
+def test_cpp_gives_this_packages_text(cpp: Path, smollm2: Path, smollm2_cases: Path) -> None:
+    passes([cpp / "mirror_text", smollm2, smollm2_cases])
+
+
+def test_csharp_gives_this_packages_text(
+    dotnet: Toolchain, csharp: Path, cpp: Path, bundles: Path, smollm2: Path, smollm2_cases: Path
+) -> None:
+    run_csharp(dotnet, csharp, cpp, FOLDER, bundles, smollm2, smollm2_cases)
