@@ -45,5 +45,5 @@ $(VENV)/.run-installed: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.test-installed: $(VENV)/.run-installed
-	$(BIN)/pip install --quiet --editable '.[export,openvino,optimum,dev]'
+	$(BIN)/pip install --quiet --editable '.[export,openvino,optimum,qnn,dev]'
 	@touch $@
