@@ -27,11 +27,21 @@ pytest.importorskip("torch")
 
 import mirror.targets.qnn as qnn_module
 from mirror.bench.prompts import Prompt
-from mirror.bundle import MANIFEST_NAME, Form, LayerKV, Manifest, Segment, read_manifest, write_manifest
+from mirror.bundle import (
+    MANIFEST_NAME,
+    Form,
+    LayerKV,
+    Manifest,
+    Segment,
+    check_files,
+    read_manifest,
+    write_manifest,
+)
 from mirror.cli import main
 from mirror.compile.ahead import CompileReport, compile_bundle
 from mirror.errors import BundleError, DeviceError, RequestError
 from mirror.export.build import ExportOptions, export_bundle
+from mirror.export.recut import recut_bundle
 from mirror.runtime.engine import Engine
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Mode
@@ -332,6 +342,16 @@ def test_a_bundle_without_a_draft_is_refused(exported: Path, tmp_path: Path) -> 
     write_manifest(alone, dataclasses.replace(read_manifest(alone), draft=None))
     with pytest.raises(RequestError, match="no draft with graphs"):
         compile_for(alone, "qnn:v73")
+
+
+@needs_emulator
+def test_a_new_cut_leaves_nothing_compiled_behind(bundle: Path) -> None:
+    assert compile_for(bundle, "qnn:v73").made
+    renewed = recut_bundle(bundle, kappa=2)
+    assert not any(segment.compiled for segment in renewed.segments.values())
+    assert not any(name.startswith("compiled/") for name in renewed.files)
+    assert not (bundle / "compiled").exists()
+    check_files(bundle, renewed, hashes=True)
 
 
 @needs_emulator

@@ -31,6 +31,7 @@ from mirror.export.cut import Piece, cut_draft, cut_target, exit_layer_of
 from mirror.export.graphs import dtype_of
 
 _SYMBOLS = {"width", "capacity", "rows"}
+COMPILED_FOLDER = "compiled"  # where `mirror compile` puts what it makes
 
 
 def recut_bundle(
@@ -57,7 +58,7 @@ def recut_bundle(
     try:
         _share(bundle, folder, manifest)
         segments = write_segments(folder, decoding)
-        files = {name: facts for name, facts in manifest.files.items() if not _is_segment(name)}
+        files = {name: facts for name, facts in manifest.files.items() if not _is_made_anew(name)}
         for path in sorted(folder.glob("*.onnx")):
             if _is_segment(path.name):
                 files[path.name] = FileFacts(path.stat().st_size, file_sha256(path))
@@ -136,9 +137,14 @@ def _is_segment(name: str) -> bool:
     return name.endswith(".onnx") and not name.endswith(".source.onnx")
 
 
+def _is_made_anew(name: str) -> bool:
+    """Whether a file of the bundle belongs to the old cut: its graphs, and what was compiled from them."""
+    return _is_segment(name) or name.startswith(f"{COMPILED_FOLDER}/")
+
+
 def _share(bundle: Path, folder: Path, manifest: Manifest) -> None:
     for name in manifest.files:
-        if _is_segment(name):
+        if _is_made_anew(name):
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -156,3 +162,4 @@ def _replace_folder(folder: Path, place: Path) -> None:
     names = sorted(path.name for path in folder.glob("*.onnx") if _is_segment(path.name))
     for name in [*names, MANIFEST_NAME]:
         os.replace(folder / name, place / name)
+    shutil.rmtree(place / COMPILED_FOLDER, ignore_errors=True)

@@ -83,6 +83,8 @@ SegmentFacts read_segment(JsonObject segment) {
   if (graphs.has("inplace")) facts.graphs.emplace(Form::inplace, read_graph(graphs.object("inplace")));
   if (graphs.has("rows")) facts.graphs.emplace(Form::rows, read_graph(graphs.object("rows")));
   graphs.end();
+  // What the Python package compiled ahead of time for its own devices; the graphs serve here.
+  if (segment.has("compiled")) segment.array("compiled");
   segment.end();
   return facts;
 }
