@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _REFUSED = re.compile(r"failed for node `([^`]+)` of type `[^`]+` with error code (\d+)")
+_ANSWER = "left to the CPU: "
 _TIMEOUT_S = 120.0
 _SHOWN = 8
 
@@ -53,7 +54,10 @@ def refused_nodes(path: Path, sizes: Mapping[str, int], provider_options: Mappin
     if done.returncode != 0:
         return []
     codes = {name: int(code) for name, code in _REFUSED.findall(done.stderr)}
-    left = json.loads(done.stdout.splitlines()[-1])
+    answers = [line for line in done.stdout.splitlines() if line.startswith(_ANSWER)]
+    if not answers:
+        return []
+    left = json.loads(answers[-1].removeprefix(_ANSWER))
     return [RefusedNode(name, operator, codes.get(name)) for name, operator in left]
 
 
@@ -81,4 +85,5 @@ def _left_to_the_cpu(request: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_left_to_the_cpu(json.load(sys.stdin))))  # noqa: T201  (its answer)
+    # Libraries loaded here, and the system's own, may write to the same stream.
+    print(_ANSWER + json.dumps(_left_to_the_cpu(json.load(sys.stdin))), flush=True)  # noqa: T201  (its answer)
