@@ -56,10 +56,10 @@ class ClockedSession:
         """Return a binding of the session itself."""
         return self._session.io_binding()
 
-    def run_with_iobinding(self, binding: ort.IOBinding) -> None:
+    def run_with_iobinding(self, binding: ort.IOBinding, options: ort.RunOptions | None) -> None:
         """Run, and note it."""
         start_s = time.perf_counter()
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, options)
         self._clock.note(start_s)
 
 
