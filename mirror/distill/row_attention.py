@@ -6,8 +6,8 @@ One program serves one KV head of one row, with all its query heads, so that no 
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _SLOTS = 64  # cache slots per step of a program's loop
