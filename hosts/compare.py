@@ -1,82 +1,142 @@
-"""C++ against Python on one bundle: `python hosts/compare.py BUNDLE RESULT.json [--light BUNDLE]`.
+"""C++ against Python on one bundle: `python -m hosts.compare BUNDLE RESULT.json [--light BUNDLE]`.
 
-Decodes the same prompts with both, interleaved; tokens are compared before any speed is told. With `--light`,
-a bundle whose graphs cost next to nothing (`python -m tests.lookup FOLDER`), host work per round is measured
-too. Build `hosts/cpp` with its tests first (`--programs` says where).
+Each host loads the bundle in a process of its own; then both answer the same prompts in turn, so that a pair of
+answers is seconds apart. Tokens are compared before any speed is told. Where a process's weights lie in memory
+moves its speed by some percent, so the processes are started anew several times (`--loads`): the result is the
+median over loads of each load's median ratio, with a bootstrap interval over loads. Loads during which other
+processes used more of the machine than `--others` allows are left out, and counted. With `--light`, a bundle
+whose graphs cost next to nothing (`python -m tests.lookup FOLDER`), host work per round is measured too. Build
+`hosts/cpp` with its tests first (`--programs` says where).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import random
 import statistics
 import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mirror
+from hosts.answering import MODES, PYTHON, Host, mode_number
 from hosts.toolchain import DEFAULT_FOLDER
 from mirror.bench.prompts import load_prompts
 from mirror.bench.provenance import provenance
+from mirror.bundle import read_manifest
 from mirror.runtime.text import TextCodec
 
-MODES = ("plain", "serial", "mirror")
 PROGRAMS = DEFAULT_FOLDER / "cpp" / "tests"
-
-
-def run_cpp(
-    programs: Path, bundle: Path, mode: str, threads: int, tokens: int, prompt: Sequence[int]
-) -> dict[str, Any]:
-    """Return what `mirror_speed` measured."""
-    number = str(1 + MODES.index(mode))
-    command = [str(programs / "mirror_speed"), str(bundle), number, str(threads), str(tokens), *map(str, prompt)]
-    result: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return result
-
-
-def run_python(bundle: Path, mode: str, threads: int, tokens: int, prompt: Sequence[int]) -> dict[str, Any]:
-    """Return the same of this package, in a process of its own as C++ has one."""
-    code = (
-        "import json, sys, mirror\n"
-        "bundle, mode, threads, tokens, *prompt = sys.argv[1:]\n"
-        "with mirror.load(bundle, mode=mode, threads=int(threads)) as engine:\n"
-        "    for _ in range(2):\n"
-        "        result = engine.generate_tokens([int(t) for t in prompt], max_new_tokens=int(tokens))\n"
-        "s = result.statistics\n"
-        "print(json.dumps({'decode_tokens_per_s': s.decode_tokens_per_s, 'ttft_ms': 1e3 * s.ttft_s,\n"
-        "    'round_ms': s.round_ms, 'host_ms': s.host_ms, 'tokens': list(result.tokens)}))\n"
-    )
-    command = [sys.executable, "-c", code, str(bundle), mode, str(threads), str(tokens), *map(str, prompt)]
-    result: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return result
+FIELDS = ("decode_tokens_per_s", "ttft_ms", "round_ms", "host_ms")
+RESAMPLES = 2000
+LOOK_S = 1.0  # how long a quiet moment is
+Pairs = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
 def compare(options: argparse.Namespace, prompts: Sequence[Sequence[int]], mode: str) -> Mapping[str, Any]:
-    """Return both hosts' decode speeds in one mode, and the paired ratios."""
-    cpp: list[dict[str, Any]] = []
-    python: list[dict[str, Any]] = []
-    for _ in range(options.repeats):
-        for prompt in prompts:
-            cpp.append(run_cpp(options.programs, options.bundle, mode, options.threads, options.tokens, prompt))
-            python.append(run_python(options.bundle, mode, options.threads, options.tokens, prompt))
-            if cpp[-1]["tokens"] != python[-1]["tokens"]:
-                raise SystemExit(f"error: the hosts' tokens differ in mode {mode}; nothing is compared")
-    pairs = list(zip(cpp, python, strict=True))
+    """Return both hosts' decode speeds in one mode, and their paired ratios."""
+    loads, shares, left_out = quiet_loads(options, prompts, mode)
+    ratios = [statistics.median(ratio(*pair) for pair in pairs) for pairs in loads]
+    flat = [pair for pairs in loads for pair in pairs]
     return {
-        "cpp": summary(cpp),
-        "python": summary(python),
-        "cpp_to_python_decode_ratio": spread([a["decode_tokens_per_s"] / b["decode_tokens_per_s"] for a, b in pairs]),
+        "cpp": summary([cpp for cpp, _ in flat]),
+        "python": summary([python for _, python in flat]),
+        "cpp_to_python_decode_ratio": {
+            "median_of_loads": round(statistics.median(ratios), 4),
+            "interval_95": interval(ratios),
+            "loads": [round(value, 4) for value in ratios],
+            "pairs": spread([ratio(*pair) for pair in flat]),
+        },
+        "others_share_of_cpu": [round(share, 3) for share in shares],
+        "loads_left_out": left_out,
     }
+
+
+def quiet_loads(
+    options: argparse.Namespace, prompts: Sequence[Sequence[int]], mode: str
+) -> tuple[list[Pairs], list[float], int]:
+    """Return the pairs of quiet loads, the share of all cores that others took in each, and how many were not quiet."""
+    loads: list[Pairs] = []
+    shares: list[float] = []
+    left_out, deadline = 0, time.monotonic() + options.patience_s
+    while len(loads) < options.loads and (time.monotonic() < deadline or not loads):
+        wait_for_quiet(options.others, deadline)
+        before = (time.monotonic(), busy_s(), own_s())
+        pairs = pairs_of_load(options, prompts, mode, len(loads))
+        elapsed, busy, own = (b - a for a, b in zip(before, (time.monotonic(), busy_s(), own_s()), strict=True))
+        share = max(0.0, busy - own) / (elapsed * (os.cpu_count() or 1))
+        if share <= options.others or time.monotonic() >= deadline:
+            loads.append(pairs)
+            shares.append(share)
+        else:
+            left_out += 1
+    return loads, shares, left_out
+
+
+def wait_for_quiet(most: float, deadline: float) -> None:
+    """Wait until the cores have been quiet for a moment, or patience ends."""
+    while time.monotonic() < deadline:
+        before = busy_s()
+        time.sleep(LOOK_S)
+        if busy_s() - before <= most * LOOK_S * (os.cpu_count() or 1):
+            return
+        time.sleep(LOOK_S)
+
+
+def busy_s() -> float:
+    """Return the seconds that all cores together have worked since the machine started; Linux alone tells."""
+    user, nice, system, _, _, interrupts, soft, *_ = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    )
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def own_s() -> float:
+    """Return the seconds that this process and its ended children have worked."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def pairs_of_load(options: argparse.Namespace, prompts: Sequence[Sequence[int]], mode: str, number: int) -> Pairs:
+    """Return pairs of answers, C++ and Python, of two processes that take turns in going first."""
+    settings = {"mode": mode_number(mode), "threads": str(options.threads), "tokens": str(options.tokens)}
+    programs = ([str(options.programs / "mirror_speed")], PYTHON)
+    pairs = []
+    with contextlib.ExitStack() as stack:
+        order = (0, 1) if number % 2 else (1, 0)
+        hosts = {place: stack.enter_context(Host(programs[place], options.bundle, settings)) for place in order}
+        for place in order:
+            hosts[place].answer(prompts[0])  # warms up
+        for repeat in range(options.repeats):
+            prompt = prompts[repeat % len(prompts)]
+            found = {place: hosts[place].answer(prompt) for place in ((0, 1) if repeat % 2 else (1, 0))}
+            if found[0]["tokens"] != found[1]["tokens"]:
+                raise SystemExit(f"error: the hosts' tokens differ in mode {mode}; nothing is compared")
+            pairs.append((found[0], found[1]))
+    return pairs
+
+
+def ratio(cpp: Mapping[str, Any], python: Mapping[str, Any]) -> float:
+    """Return C++'s decode speed as a multiple of Python's."""
+    return float(cpp["decode_tokens_per_s"] / python["decode_tokens_per_s"])
+
+
+def interval(values: Sequence[float]) -> Sequence[float]:
+    """Return the 95% bootstrap interval of the median."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return [round(medians[RESAMPLES // 40], 4), round(medians[-1 - RESAMPLES // 40], 4)]
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return the spread of every measured number."""
-    names = ("decode_tokens_per_s", "ttft_ms", "round_ms", "host_ms")
-    return {name: spread([run[name] for run in runs]) for name in names}
+    return {name: spread([run[name] for run in runs]) for name in FIELDS}
 
 
 def spread(values: Sequence[float]) -> Mapping[str, float]:
@@ -111,7 +171,11 @@ def main() -> None:
     parser.add_argument("--programs", type=Path, default=PROGRAMS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--loads", type=int, default=10, help="how often both processes are started")
+    parser.add_argument("--repeats", type=int, default=4, help="pairs of answers per load")
+    parser.add_argument("--others", type=float, default=1.0, help="the most of all cores that others may use in a load")
+    parser.add_argument("--patience-s", type=float, default=600.0, help="per mode, until a busy machine must do")
+    parser.add_argument("--mode", action="append", choices=MODES, help="one mode; again for more; all by default")
     parser.add_argument("--prompts", type=int, default=3)
     options = parser.parse_args()
     codec = TextCodec.load(options.bundle)
@@ -122,8 +186,11 @@ def main() -> None:
         "threads": options.threads,
         "tokens": options.tokens,
         "prompts": len(prompts),
+        "loads": options.loads,
         "repeats": options.repeats,
-        "modes": {mode: compare(options, prompts, mode) for mode in MODES},
+        "precision": read_manifest(options.bundle).model.precision,
+        "load_average": os.getloadavg(),
+        "modes": {mode: compare(options, prompts, mode) for mode in options.mode or MODES},
         "host_work": None if options.light is None else host_work(options.programs, options.light),
         "library_bytes_stripped": stripped_bytes(options.programs.parent / "libmirror.so"),
         **provenance("hosts.compare"),

@@ -224,14 +224,64 @@ def build_csharp(toolchain: Toolchain, build: Path) -> Path:
     sources, output, packages = build / "sources", build / "programs", build / "no-packages"
     shutil.rmtree(sources, ignore_errors=True)
     shutil.copytree(HOSTS / "csharp", sources, ignore=shutil.ignore_patterns("bin", "obj"))
-    packages.mkdir(parents=True, exist_ok=True)
     for project in ("MirrorSd.Tests", "MirrorSd.Example"):
-        settings = ["-p:MirrorTargetFramework=netcoreapp3.1", f"-p:RestoreSources={packages}"]
-        # No server is left behind, neither MSBuild's nor the compiler's.
-        settings += ["-nodeReuse:false", "-p:UseSharedCompilation=false"]
-        command = [str(toolchain.dotnet), "build", str(sources / project), "--configuration", "Release", *settings]
-        _run([*command, "--output", str(output)], toolchain.dotnet_environment())
+        command = _dotnet(toolchain, "build", sources / project, packages)
+        _run(
+            [*command, "-p:MirrorTargetFramework=netcoreapp3.1", "--output", str(output)],
+            toolchain.dotnet_environment(),
+        )
     return output
+
+
+def pack_csharp(toolchain: Toolchain, cpp: Path, build: Path) -> Path:
+    """Pack the C# library for NuGet, with native libraries for Linux on x86-64; return the package.
+
+    Args:
+        cpp: the build folder of `hosts/cpp`, a release build.
+        build: where sources are copied to and the package is written.
+    """
+    sources, native = build / "sources", build / "native" / "linux-x64"
+    for folder in (sources, native.parent):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(HOSTS / "csharp" / "MirrorSd", sources, ignore=shutil.ignore_patterns("bin", "obj"))
+    _run(["cmake", "--install", str(cpp), "--prefix", str(build / "installed"), "--strip"])
+    native.mkdir(parents=True)
+    shutil.copy(next((build / "installed").glob("lib*/libmirror.so.1")), native / "libmirror.so")
+    shutil.copy(toolchain.library_folder / "libonnxruntime.so.1", native / "libonnxruntime.so.1")
+    settings = [f"-p:MirrorNativeAssets={native.parent}", f"-p:MirrorNetstandard={_netstandard(toolchain)}"]
+    command = [*_dotnet(toolchain, "pack", sources, build / "no-packages"), *settings, "--output", str(build)]
+    _run(command, toolchain.dotnet_environment())
+    return next(build.glob("*.nupkg"))
+
+
+def build_consumer(toolchain: Toolchain, package: Path, build: Path) -> Path:
+    """Build the C# example against a package instead of the sources, offline; return the folder of the program."""
+    project = build / "consumer"
+    shutil.rmtree(project, ignore_errors=True)
+    project.mkdir(parents=True)
+    shutil.copy(HOSTS / "csharp" / "MirrorSd.Example" / "Program.cs", project)
+    version = package.stem.removeprefix("MirrorSd.")
+    (project / "Consumer.csproj").write_text(
+        '<Project Sdk="Microsoft.NET.Sdk"><PropertyGroup><OutputType>Exe</OutputType>'
+        "<TargetFramework>netcoreapp3.1</TargetFramework></PropertyGroup><ItemGroup>"
+        f'<PackageReference Include="MirrorSd" Version="{version}" /></ItemGroup></Project>\n',
+        encoding="utf-8",
+    )
+    command = [*_dotnet(toolchain, "build", project, package.parent), "--output", str(build / "program")]
+    _run(command, {**toolchain.dotnet_environment(), "NUGET_PACKAGES": str(build / "restored")})
+    return build / "program"
+
+
+def _dotnet(toolchain: Toolchain, verb: str, project: Path, packages: Path) -> Sequence[str]:
+    """Return the beginning of a command over a project, whose packages come from one folder alone."""
+    packages.mkdir(parents=True, exist_ok=True)
+    # No server is left behind, neither MSBuild's nor the compiler's.
+    settings = [f"-p:RestoreSources={packages}", "-nodeReuse:false", "-p:UseSharedCompilation=false"]
+    return [str(toolchain.dotnet), verb, str(project), "--configuration", "Release", *settings]
+
+
+def _netstandard(toolchain: Toolchain) -> Path:
+    return next((toolchain.folder / "dotnet" / "sdk").iterdir()) / "ref" / "netstandard.dll"
 
 
 def compile_netstandard(toolchain: Toolchain, output: Path) -> None:
@@ -239,7 +289,7 @@ def compile_netstandard(toolchain: Toolchain, output: Path) -> None:
     sdk = next((toolchain.folder / "dotnet" / "sdk").iterdir())
     output.mkdir(parents=True, exist_ok=True)
     options = ["-nologo", "-noconfig", "-nostdlib", "-langversion:7.3", "-target:library", "-warnaserror"]
-    options += [f"-r:{sdk / 'ref' / 'netstandard.dll'}", f"-out:{output / 'MirrorSd.dll'}"]
+    options += [f"-r:{_netstandard(toolchain)}", f"-out:{output / 'MirrorSd.dll'}"]
     options += [f"-doc:{output / 'MirrorSd.xml'}"]
     sources = sorted(str(path) for path in (HOSTS / "csharp" / "MirrorSd").glob("*.cs"))
     compiler = str(sdk / "Roslyn" / "bincore" / "csc.dll")

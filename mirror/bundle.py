@@ -22,6 +22,7 @@ from mirror.errors import BundleError
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "mirror.json"
+DATE_MARK = "{{date}}"  # in a chat format's texts, for today's date
 
 # The names a graph may use. A host computes every input below from its cursor and feeds those
 # that a graph declares. Per-layer KV tensors follow `kv_names`.
@@ -204,6 +205,28 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class ChatFormat:
+    """The model's chat template as data, for hosts without Jinja: texts between the messages of a conversation.
+
+    A conversation is rendered as `joins["start"][role of the first]`, its content, `joins[its role][role of the
+    next]`, the next content, ..., `joins[role of the last]["answer"]`. A pair that is missing is not covered.
+
+    Attributes:
+        joins: texts by what stands before (`start`, or a role) and after (a role, or `answer`).
+        trimmed: roles whose contents lose the white space around them.
+        refused: texts that the template treats in a way of their own; contents with one are not covered.
+        empty: whether contents without any text are covered.
+        date: how today's date is written where the joins say `DATE_MARK`, as a `strftime` pattern; None for none.
+    """
+
+    joins: Mapping[str, Mapping[str, str]]
+    trimmed: tuple[str, ...]
+    refused: tuple[str, ...]
+    empty: bool
+    date: str | None = None
+
+
+@dataclass(frozen=True)
 class FileFacts:
     """Size and hash of one file."""
 
@@ -233,6 +256,7 @@ class Manifest:
     segments: Mapping[str, Segment]
     files: Mapping[str, FileFacts]
     settings: Settings = Settings()
+    chat: ChatFormat | None = None
 
 
 def kv_names(prefix: str, layer: int) -> tuple[str, str]:
@@ -346,7 +370,14 @@ def _manifest(data: dict[str, Any]) -> Manifest:
         segments={name: _segment(item) for name, item in data["segments"].items()},
         files={name: FileFacts(**item) for name, item in data["files"].items()},
         settings=_settings(data["settings"]),
+        chat=_chat(data.get("chat")),
     )
+
+
+def _chat(item: dict[str, Any] | None) -> ChatFormat | None:
+    if item is None:
+        return None
+    return ChatFormat(item["joins"], tuple(item["trimmed"]), tuple(item["refused"]), item["empty"], item.get("date"))
 
 
 def _settings(item: dict[str, Any]) -> Settings:

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
+import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import mirror
+from hosts.answering import PYTHON, Host, HostError, mode_number
+from hosts.compare import compare
 from hosts.toolchain import (
     DEFAULT_FOLDER,
     HOSTS,
     Toolchain,
+    build_consumer,
     build_cpp,
     build_csharp,
     compile_netstandard,
     fetch,
     missing_tools,
+    pack_csharp,
 )
 from mirror.bench.prompts import load_prompts
-from mirror.errors import ExportError
 from mirror.runtime.text import TextCodec, TextStream
 from tests.vectors.generate import FOLDER, write_bundles
 
@@ -88,6 +95,38 @@ def test_sanitizers_find_nothing(toolchain: Toolchain, bundles: Path, sanitizers
     passes([built / "mirror_faults", bundles], halt)
 
 
+def test_hosts_to_be_compared_answer_alike(cpp: Path, bundles: Path) -> None:
+    settings = {"mode": mode_number("mirror"), "threads": "1", "tokens": "12"}
+    found = []
+    for program in (PYTHON, [str(cpp / "mirror_speed")]):
+        with Host(program, bundles / "context", settings) as host:
+            found.append([host.answer(prompt)["tokens"] for prompt in ((1, 2, 3), (5,))])
+        wrong = Host(program, bundles / "context", {**settings, "target": "gpu"})
+        with wrong, pytest.raises(HostError, match="error: no device is called 'gpu'"):
+            wrong.answer((1, 2, 3))
+    assert found[0] == found[1]
+    assert [len(tokens) for tokens in found[0]] == [12, 12]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the share of other processes is Linux's to tell")
+def test_speeds_are_compared_in_pairs(cpp: Path, bundles: Path) -> None:
+    options = argparse.Namespace(
+        bundle=bundles / "context",
+        programs=cpp,
+        threads=1,
+        tokens=12,
+        loads=2,
+        repeats=2,
+        others=1.0,
+        patience_s=60.0,
+    )
+    found = compare(options, [(1, 2, 3), (5,)], "serial")
+    ratio = found["cpp_to_python_decode_ratio"]
+    assert len(ratio["loads"]) == len(found["others_share_of_cpu"]) == 2
+    assert ratio["interval_95"][0] <= ratio["median_of_loads"] <= ratio["interval_95"][1]
+    assert min(ratio["loads"]) <= ratio["median_of_loads"] <= max(ratio["loads"])
+
+
 def test_the_installed_package_is_found(toolchain: Toolchain, cpp: Path, tmp_path: Path, bundles: Path) -> None:
     """`cmake --install`, then a project of its own that says find_package(mirror)."""
     prefix, project, build = tmp_path / "prefix", tmp_path / "project", tmp_path / "build"
@@ -110,7 +149,7 @@ def test_the_installed_package_is_found(toolchain: Toolchain, cpp: Path, tmp_pat
     )
     assert result.returncode == 1
     assert "error:" in result.stderr
-    assert "no tokenizer.json" in result.stderr
+    assert "no chat format" in result.stderr
 
 
 def test_the_library_stays_small_and_depends_on_little(cpp: Path, tmp_path: Path) -> None:
@@ -155,6 +194,40 @@ def test_csharp_library_is_netstandard(dotnet: Toolchain, tmp_path: Path) -> Non
     compile_netstandard(dotnet, tmp_path)
     # The documentation of every public member came out with it.
     assert "M:MirrorSd.Engine.Stream" in (tmp_path / "MirrorSd.xml").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def package(dotnet: Toolchain, cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_csharp(dotnet, cpp.parent, tmp_path_factory.mktemp("package"))
+
+
+def test_the_nuget_package_has_what_it_should(package: Path) -> None:
+    with zipfile.ZipFile(package) as archive:
+        names = {name for name in archive.namelist() if name.startswith(("lib/", "runtimes/"))}
+        nuspec = ElementTree.fromstring(archive.read("MirrorSd.nuspec"))
+    assert names == {
+        "lib/netstandard2.0/MirrorSd.dll",
+        "lib/netstandard2.0/MirrorSd.xml",
+        "runtimes/linux-x64/native/libmirror.so",
+        "runtimes/linux-x64/native/libonnxruntime.so.1",
+    }
+    fields = {item.tag.rpartition("}")[2]: item for item in nuspec.iter()}
+    assert fields["id"].text == "MirrorSd"
+    assert fields["version"].text == mirror.__version__
+    assert fields["license"].attrib == {"type": "expression"}
+    assert fields["license"].text == "Apache-2.0"
+    assert str(fields["description"].text).startswith("Mirror Speculative Decoding")
+    assert "dependency" not in fields
+
+
+def test_a_program_runs_on_the_package_alone(dotnet: Toolchain, package: Path, bundles: Path, tmp_path: Path) -> None:
+    """Restored offline from its folder; no library path names libmirror or ONNX Runtime."""
+    program = build_consumer(dotnet, package, tmp_path)
+    environment = {**dotnet.dotnet_environment(), "LD_LIBRARY_PATH": str(dotnet.folder / "openssl")}
+    command = [str(dotnet.dotnet), str(program / "Consumer.dll"), str(bundles / "context"), "hello"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1, result.stderr
+    assert "error: the bundle has no chat format" in result.stderr
 
 
 # Text.
@@ -293,28 +366,6 @@ def test_cpp_reads_tokenizers_of_other_families(cpp: Path, tmp_path: Path, kind:
 # A real model.
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return SmolLM2 in float32 with the shipped draft; half a gigabyte, removed when the tests are over."""
-    if given := os.environ.get("MIRROR_HOSTS_BUNDLE"):
-        yield Path(given)
-        return
-    pytest.importorskip("torch")
-    from mirror.default_model import locate_model
-    from mirror.export.build import ExportOptions, export_bundle
-
-    folder = tmp_path_factory.mktemp("smollm2")
-    draft = HOSTS.parent / "models" / "smollm2-135m-instruct"
-    try:
-        export_bundle(str(locate_model()), folder / "bundle", ExportOptions(draft=str(draft), max_length=512))
-    except ExportError as error:
-        if "not installed" in str(error):
-            pytest.skip(str(error))
-        raise
-    yield folder / "bundle"
-    shutil.rmtree(folder)
-
-
 SAMPLINGS: Sequence[dict[str, Any]] = (
     {},
     {"temperature": 1.0, "seed": 7},
@@ -335,7 +386,8 @@ def smollm2_cases(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def answer_cases(bundle: Path, codec: TextCodec) -> list[dict[str, Any]]:
     cases = []
-    prompt = codec.render([{"role": "user", "content": "Name three colours, then say why the sky is blue."}])
+    messages = [{"role": "user", "content": "Name three colours, then say why the sky is blue."}]
+    prompt = codec.render(messages)
     with mirror.load(bundle, max_length=256) as engine:
         for sampling, stop in [(item, ()) for item in SAMPLINGS] + [({}, (" the", "zz"))]:
             for mode in PLAIN_MODES:
@@ -349,6 +401,7 @@ def answer_cases(bundle: Path, codec: TextCodec) -> list[dict[str, Any]]:
                 text = TextStream(codec, stop)
                 cases.append(
                     {
+                        "messages": messages,
                         "prompt": prompt,
                         "mode": mode,
                         "max_new_tokens": 16,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import hashlib
 import json
 import tempfile
@@ -21,19 +22,22 @@ from typing import Any
 import numpy as np
 
 import mirror
-from mirror.bundle import MANIFEST_NAME, FileFacts, Form, check_files, read_manifest, write_manifest
-from mirror.errors import BundleError
+from mirror.bundle import MANIFEST_NAME, ChatFormat, FileFacts, Form, check_files, read_manifest, write_manifest
+from mirror.errors import BundleError, DeviceError, RequestError
+from mirror.export.chat_format import derive, render
 from mirror.runtime.acceptance import verify
 from mirror.runtime.candidates import CandidateSource, choose_branches
 from mirror.runtime.draft import Draft, Meeting
 from mirror.runtime.feeds import chunk_width
 from mirror.runtime.loading import load_draft, make_plan
 from mirror.runtime.lookahead import branch_passes
+from mirror.runtime.memory import SegmentMemory, check_room, segment_memory
 from mirror.runtime.noise import gumbel, philox, uniforms
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Candidates, FinishReason
 from mirror.runtime.sampling import CoupledNoise, Sampler, SamplingParams
 from mirror.runtime.stopping import Stopping
+from mirror.targets.base import FreeMemory
 from mirror.targets.cpu import CpuDevice
 from tests.lookup import Lookup, LookupBundle, agreeing_table, oracle_logits, random_table, write_bundle
 
@@ -100,6 +104,9 @@ def write_bundles(folder: Path) -> None:
     """Write every bundle of `generations.json` into a folder."""
     for name, spec in BUNDLES.items():
         write_bundle(folder / name, spec)
+    for name, form in chat_formats().items():
+        bundle = write_bundle(folder / f"chat-{name}", BUNDLES["alone"])
+        write_manifest(bundle, dataclasses.replace(read_manifest(bundle), chat=form))
 
 
 # What the files hold.
@@ -260,6 +267,9 @@ def _ending_case(eos: Sequence[int], limit: int, tokens: tuple[int, ...]) -> dic
 # Manifests: a good one as text, and edits of that text. `[from, to]` stands for one place in it.
 
 _NOTE, _NOTE_TEXT = "note.txt", "hello"
+_CHAT = ChatFormat({"start": {"user": "Q: "}, "user": {"answer": "\nA:"}}, ("user",), ("</think>",), empty=True)
+# On one line, so that edits of it are.
+_CHAT_TEXT = json.dumps(dataclasses.asdict(_CHAT))
 
 _EDITS: list[tuple[str, tuple[str, str]]] = [
     ("good", ("", "")),
@@ -293,6 +303,17 @@ _EDITS: list[tuple[str, tuple[str, str]]] = [
     ("an unknown dimension", ('"width"', '"breadth"')),
     ("a segment of another name", ('"exit_head": {', '"exit_tail": {')),
     ("a negative file size", ('"bytes": ', '"bytes": -')),
+    ("no chat format", (_CHAT_TEXT, "null")),
+    ("a chat format in text", (_CHAT_TEXT, '"chatml"')),
+    ("an unknown key in the chat format", ('"trimmed"', '"stripped": 1, "trimmed"')),
+    ("a chat format without limits", (', "refused": ["</think>"]', "")),
+    ("an unknown role before", ('"start": {', '"narrator": {')),
+    ("an unknown role after", ('"answer": "', '"tool": "')),
+    ("a number between messages", ('"answer": "\\nA:"', '"answer": 7')),
+    ("an unknown role that is trimmed", ('"trimmed": ["user"]', '"trimmed": ["users"]')),
+    ("an empty text that is refused", ('"refused": ["</think>"]', '"refused": [""]')),
+    ("a time in a chat format", ('"date": null', '"date": "%H:%M"')),
+    ("a number for a truth", ('"empty": true', '"empty": 1')),
     ("a file that is listed and missing", ('"note.txt": {', '"note_2.txt": {')),
     ("a file of another size", ('"bytes": ', '"bytes": 9')),
 ]
@@ -309,7 +330,9 @@ def manifests(folder: Path) -> dict[str, Any]:
     (folder / _NOTE).write_text(_NOTE_TEXT, encoding="utf-8")
     files = {_NOTE: FileFacts(len(_NOTE_TEXT), hashlib.sha256(_NOTE_TEXT.encode()).hexdigest())}
     write_manifest(folder, dataclasses.replace(read_manifest(folder), files=files))
-    text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+    data = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    chat = '"chat": null'
+    text = json.dumps(data, indent=1, ensure_ascii=False).replace(chat, f'"chat": {_CHAT_TEXT}') + "\n"
     cases = []
     for name, (old, new) in _EDITS:
         edited = text.replace(old, new, 1) if old else text
@@ -331,6 +354,131 @@ def _refusal(folder: Path, text: str) -> str | None:
     finally:
         path.write_text(before, encoding="utf-8")
     return None
+
+
+# Chat formats, of the kinds of templates that are common, in our own words.
+
+_ANSWER = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+TEMPLATES = {
+    "default-system": (
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}" + _ANSWER
+    ),
+    "thoughts": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        "{{ m['content'].split('</think>')[-1] }}{% else %}{{ m['content'] }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}" + _ANSWER
+    ),
+    "headers": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|head|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + '<|eot|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|head|>assistant<|end|>\n\n' }}{% endif %}"
+    ),
+    "dated": (
+        "{% if messages[0]['role'] == 'system' %}{% set given, rest = messages[0]['content'] | trim, messages[1:] %}"
+        "{% else %}{% set given, rest = '', messages %}{% endif %}"
+        "{{ '<|head|>system<|end|>\n\nToday: ' + strftime_now('%d %b %Y') + '\n\n' + given + '<|eot|>' }}"
+        "{% for m in rest %}{{ '<|head|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + '<|eot|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|end|>\n\n' }}{% endif %}"
+    ),
+    "no-system": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ '<turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' + m['content'] | trim }}"
+        "{{ '</turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
+    ),
+    "filled": (
+        "{% for m in messages %}{{ '[' + m['role'] + '] ' + (m['content'] or 'nothing') + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+    ),
+}
+SPECIAL_TOKENS = {"bos_token": "<s>"}
+_TODAY = datetime.date(2026, 2, 3)
+_CONVERSATIONS = (
+    (("user", "Hello"),),
+    (("system", "Be brief."), ("user", " two\n\nlines \u3000\u001c")),
+    (("user", "\u00e9 \u6f22 \U0001f600"), ("assistant", "\n a \t"), ("user", "b")),
+    (("system", "s"), ("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"), ("user", "5")),
+    (("user", "1"), ("assistant", "deep</think>short"), ("user", "3")),
+    (("user", ""),),
+    (("user", " \n"), ("assistant", "yes"), ("user", "no")),
+    (("user", "1"), ("user", "2")),
+    (("user", "1"), ("assistant", "2")),
+    (("tool", "1"),),
+    (),
+)
+
+
+def chat_formats() -> dict[str, ChatFormat]:
+    """Return the chat formats of some templates, by name."""
+    found = {name: derive(source, SPECIAL_TOKENS) for name, source in TEMPLATES.items()}
+    return {name: form for name, form in found.items() if form is not None}
+
+
+def chat() -> list[dict[str, Any]]:
+    """Return conversations, and the prompt text of each or what is said of it; the bundle has the format.
+
+    `today`, where it isn't null, is the day: year, month, day.
+    """
+    return [
+        _chat_case(name, form, [{"role": role, "content": content} for role, content in conversation])
+        for name, form in chat_formats().items()
+        for conversation in _CONVERSATIONS
+    ]
+
+
+def _chat_case(name: str, form: ChatFormat, messages: list[dict[str, str]]) -> dict[str, Any]:
+    today = "" if form.date is None else _TODAY.strftime(form.date)
+    try:
+        text, error = render(form, messages, today), None
+    except RequestError as refusal:
+        text, error = None, str(refusal)
+    day = None if form.date is None else [_TODAY.year, _TODAY.month, _TODAY.day]
+    return {"bundle": f"chat-{name}", "today": day, "messages": messages, "text": text, "error": error}
+
+
+# Memory: segments by device, what each device's memory has left, and what is said of it.
+
+_GIB = 2**30
+_MEMORY = (
+    (("host", 15 * _GIB, (("p", 6 * _GIB, _GIB), ("d", 7 * _GIB, _GIB))),),
+    (("host", 15 * _GIB - 1, (("p", 6 * _GIB, _GIB), ("d", 8 * _GIB, 0))),),
+    (("cuda:0", 8 * _GIB, (("p", 6 * _GIB, _GIB),)), ("host", 12345678, (("d", 9876543, 3000000),))),
+    (("host", 9 * _GIB, (("p", 6 * _GIB, 0),)), ("host", 9 * _GIB, (("d", 3 * _GIB, 1),))),
+    (("openvino:GPU", None, (("p", 2**60, 2**50),)),),
+)
+
+
+def memory(bundles: Path) -> dict[str, Any]:
+    """Return what fits, what is said where it doesn't, and what segments of bundles take."""
+    return {
+        "rooms": [_room_case(devices) for devices in _MEMORY],
+        "segments": [
+            _segment_case(bundles, bundle, name, form)
+            for bundle in ("context", "streams")
+            for name in read_manifest(bundles / bundle).segments
+            for form in Form
+        ],
+    }
+
+
+def _room_case(devices: Sequence[Any]) -> dict[str, Any]:
+    needs = {str(place): [SegmentMemory(*item) for item in segments] for place, (_, _, segments) in enumerate(devices)}
+    free = {str(place): FreeMemory(pool, left) for place, (pool, left, _) in enumerate(devices)}
+    try:
+        check_room(needs, free.__getitem__)
+        error = None
+    except DeviceError as refusal:
+        error = str(refusal)
+    listed = [{"pool": pool, "free": left, "segments": segments} for pool, left, segments in devices]
+    return {"devices": listed, "error": error}
+
+
+def _segment_case(bundles: Path, bundle: str, name: str, form: Form) -> dict[str, Any]:
+    found = segment_memory(bundles / bundle, read_manifest(bundles / bundle).segments[name], form, 100)
+    sizes = {"weights": found.weight_bytes, "cache": found.cache_bytes}
+    return {"bundle": bundle, "segment": name, "form": form.value, "capacity": 100, **sizes}
 
 
 def small_bundle() -> LookupBundle:
@@ -470,6 +618,8 @@ def contents() -> dict[str, Any]:
             "manifests": manifests(write_bundle(bundles / "small", small_bundle())),
             "generations": generations(bundles),
             "drafts": drafts(bundles),
+            "chat": chat(),
+            "memory": memory(bundles),
         }
 
 

@@ -14,13 +14,6 @@ mirror::Engine* running = nullptr;
 
 void cancel(int) { running->cancel(); }
 
-// The chat format of the default model (ChatML); another model's is in its chat_template.jinja.
-std::string chat(const std::string& question) {
-  return "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-         "<|im_start|>user\n" +
-         question + "<|im_end|>\n<|im_start|>assistant\n";
-}
-
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -38,8 +31,7 @@ int main(int count, char** arguments) {
 
     mirror::GenerateOptions options;
     options.max_new_tokens = 200;
-    options.add_special_tokens = 0;  // the chat format brings its own
-    mirror::Answer answer = engine.answer(chat(arguments[2]), options);
+    mirror::Answer answer = engine.answer(mirror::Messages{{"user", arguments[2]}}, options);
     for (const mirror::Piece& piece : answer) std::cout << piece.text << std::flush;
 
     const mirror_statistics statistics = answer.statistics();

@@ -107,6 +107,18 @@ std::optional<mirror::CandidateSource> source_of(mirror_candidates source) {
   return static_cast<mirror::CandidateSource>(source - 1);
 }
 
+std::vector<mirror::Message> messages_of(const mirror_message* messages, std::size_t count) {
+  require(messages != nullptr || count == 0, "messages is NULL; pass them");
+  std::vector<mirror::Message> result;
+  for (std::size_t index = 0; index < count; ++index) {
+    const mirror_message& from = messages[index];
+    require(from.role != nullptr && (from.content != nullptr || from.content_length == 0),
+            "a message's role or content is NULL; pass both");
+    result.push_back({from.role, std::string(from.content == nullptr ? "" : from.content, from.content_length)});
+  }
+  return result;
+}
+
 std::optional<int> number_of(std::int32_t value) { return value == 0 ? std::nullopt : std::optional<int>(value); }
 
 std::optional<std::string> text_of(const char* text) {
@@ -333,6 +345,28 @@ mirror_status* mirror_answer_start_text(mirror_engine* engine, const char* text,
     chosen.wants_text = true;
     start(engine, engine->engine->tokenizer().encode(string_of(text, length), given.add_special_tokens != 0), chosen,
           answer);
+  });
+}
+
+mirror_status* mirror_engine_render_chat(mirror_engine* engine, const mirror_message* messages, size_t count,
+                                         char** text, size_t* length) {
+  return guarded([&] {
+    require(engine != nullptr && text != nullptr && length != nullptr, "engine, text or length is NULL; pass all");
+    const std::string rendered = engine->engine->render_chat(messages_of(messages, count));
+    *text = static_cast<char*>(copied(rendered.data(), rendered.size(), rendered.size() + 1));
+    *length = rendered.size();
+  });
+}
+
+mirror_status* mirror_answer_start_chat(mirror_engine* engine, const mirror_message* messages, size_t count,
+                                        const mirror_generate_options* options, mirror_answer** answer) {
+  return guarded([&] {
+    require(engine != nullptr && answer != nullptr, "engine or answer is NULL; pass both");
+    mirror::GenerationOptions chosen = generation_options(full(options, mirror_generate_options_init));
+    chosen.wants_text = true;
+    // The chat format brings its own special tokens.
+    const std::string rendered = engine->engine->render_chat(messages_of(messages, count));
+    start(engine, engine->engine->tokenizer().encode(rendered, false), chosen, answer);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -65,11 +66,23 @@ class Segment {
   virtual std::shared_ptr<KVCache> make_cache() = 0;
 };
 
+// What is left of the memory that a device allocates from.
+struct FreeMemory {
+  std::string pool;                    // its name; devices that share one have the same
+  std::optional<std::uint64_t> bytes;  // nothing where nobody says
+};
+
+// The host's.
+FreeMemory host_memory_left();
+
 class Device {
  public:
   virtual ~Device() = default;
   // As the user writes it: cpu, cuda:0, openvino:CPU.
   virtual const std::string& name() const = 0;
+  // The cache form of the graphs that it takes.
+  virtual Form form() const = 0;
+  virtual FreeMemory free_memory() const { return host_memory_left(); }
   // `capacity`: slots of its cache. `shapes`: the passes it will be asked for; a device that compiles
   // ahead compiles these, and those of `later` when they are first asked for. `threads`: CPU threads it may use.
   virtual std::unique_ptr<Segment> load_segment(const std::filesystem::path& folder, const SegmentFacts& facts,

@@ -5,10 +5,12 @@
 #include <mutex>
 
 #include "error.hpp"
+#include "host_memory.hpp"
 #include "ort_session.hpp"
 
 #ifdef _WIN32
 #define WIN32_LEAN_AND_MEAN
+#define NOMINMAX
 #include <windows.h>
 #else
 #include <dlfcn.h>
@@ -85,18 +87,25 @@ class InplaceDevice : public Device {
       : provider_(std::move(provider)), configure_(std::move(configure)) {}
 
   const std::string& name() const override { return provider_.device; }
+  Form form() const override { return provider_.form; }
+  FreeMemory free_memory() const override {
+    return provider_.on_host() ? host_memory_left() : FreeMemory{name(), provider_.free_bytes()};
+  }
 
   std::unique_ptr<Segment> load_segment(const std::filesystem::path& folder, const SegmentFacts& facts, int capacity,
-                                        const std::vector<PassShape>&, const std::vector<PassShape>&,
+                                        const std::vector<PassShape>& shapes, const std::vector<PassShape>& later,
                                         int threads) override {
     check_provider();
     const auto open = [this, folder, threads](const Graph& graph, PassShape) {
       Ort::SessionOptions options = session_options(threads);
       configure_(options);
-      return open_session(folder / std::filesystem::u8path(graph.file), options, name());
+      Ort::Session session = open_session(folder / std::filesystem::u8path(graph.file), options, name());
+      check_attention(session, graph);
+      return session;
     };
+    // On a GPU a width met for the first time costs plans: prompts take the widest, padded.
     return std::make_unique<OrtSegment>(facts, graph_of(facts, provider_.form, name()), provider_, capacity, open,
-                                        std::vector<int>{}, std::vector<PassShape>{});
+                                        provider_.on_host() ? std::vector<int>{} : widths_of(shapes, later), shapes);
   }
 
  private:
@@ -108,6 +117,19 @@ class InplaceDevice : public Device {
     for (const std::string& provider : offered) listed += (listed.empty() ? "" : ", ") + provider;
     throw Error(ErrorKind::device, name() + " needs " + provider_.name + ", this onnxruntime offers " + listed +
                                        "; install the build that has it");
+  }
+
+  // What a GPU must compute itself: on the CPU it would copy the whole cache there and back in every layer.
+  void check_attention(const Ort::Session& session, const Graph& graph) const {
+    if (provider_.on_host()) return;
+    for (const auto& part : session.GetEpGraphAssignmentInfo()) {
+      if (part.GetEpName() == provider_.name) continue;
+      for (const auto& node : part.GetNodes())
+        if (node.GetOperatorType() == "GroupQueryAttention")
+          throw Error(ErrorKind::device, name() + " computes attention in fp16 and bf16, and " + graph.file +
+                                             " needs it in float32; export the bundle with --precision fp16, bf16, "
+                                             "int8-fp16 or int4-fp16");
+    }
   }
 
   Provider provider_;
@@ -122,9 +144,17 @@ class OpenVinoDevice : public Device {
     provider_.name = openvino_provider;
     provider_.device = "openvino:" + unit_;
     provider_.form = Form::rows;
+    provider_.compiles = true;
+    // With inputs bound once, drafts on an Intel CPU guessed next to no token right.
+    provider_.binds = false;
   }
 
   const std::string& name() const override { return provider_.device; }
+  Form form() const override { return Form::rows; }
+  // Nobody says what a GPU of the plugin has left; a CPU and an NPU share the host's memory.
+  FreeMemory free_memory() const override {
+    return unit_.rfind("GPU", 0) == 0 ? FreeMemory{name(), std::nullopt} : host_memory_left();
+  }
 
   std::unique_ptr<Segment> load_segment(const std::filesystem::path& folder, const SegmentFacts& facts, int capacity,
                                         const std::vector<PassShape>& shapes, const std::vector<PassShape>& later,
@@ -175,24 +205,42 @@ class CudaDriver {
     if (init == nullptr || count == nullptr || init(0) != 0 || count(&gpus) != 0) gpus = 0;
   }
 
-  // Clears memory of one GPU, in the context that ONNX Runtime uses too.
+  // Clears memory of one GPU.
   void zero(int index, void* data, std::size_t bytes) const {
-    int device = 0;
-    void* context = nullptr;
-    const bool done = function<int (*)(int*, int)>("cuDeviceGet")(&device, index) == 0 &&
-                      function<int (*)(void**, int)>("cuDevicePrimaryCtxRetain")(&context, device) == 0 &&
-                      function<int (*)(void*)>("cuCtxPushCurrent_v2")(context) == 0 &&
-                      function<int (*)(std::uintptr_t, unsigned char, std::size_t)>("cuMemsetD8_v2")(
-                          reinterpret_cast<std::uintptr_t>(data), 0, bytes) == 0 &&
-                      function<int (*)()>("cuCtxSynchronize")() == 0;
-    function<int (*)(void**)>("cuCtxPopCurrent_v2")(&context);
+    const bool done = in_context(index, [&] {
+      return function<int (*)(std::uintptr_t, unsigned char, std::size_t)>("cuMemsetD8_v2")(
+                 reinterpret_cast<std::uintptr_t>(data), 0, bytes) == 0 &&
+             function<int (*)()>("cuCtxSynchronize")() == 0;
+    });
     if (!done)
       throw Error(ErrorKind::device, "cuda:" + std::to_string(index) + " could not clear its memory; check its driver");
+  }
+
+  std::optional<std::uint64_t> free_bytes(int index) const {
+    std::size_t free = 0, total = 0;
+    const auto ask = function<int (*)(std::size_t*, std::size_t*)>("cuMemGetInfo_v2");
+    if (!in_context(index, [&] { return ask != nullptr && ask(&free, &total) == 0; })) return std::nullopt;
+    return free;
   }
 
   int gpus = 0;
 
  private:
+  // Works in the context of one GPU that ONNX Runtime uses too. It is kept: letting it go would tear down
+  // what sessions are about to make again.
+  template <typename Work>
+  bool in_context(int index, Work work) const {
+    int device = 0;
+    void* context = nullptr;
+    if (gpus == 0 || function<int (*)(int*, int)>("cuDeviceGet")(&device, index) != 0 ||
+        function<int (*)(void**, int)>("cuDevicePrimaryCtxRetain")(&context, device) != 0 ||
+        function<int (*)(void*)>("cuCtxPushCurrent_v2")(context) != 0)
+      return false;
+    const bool done = work();
+    function<int (*)(void**)>("cuCtxPopCurrent_v2")(&context);
+    return done;
+  }
+
   template <typename Function>
   Function function(const char* name) const {
     if (library_ == nullptr) return nullptr;
@@ -214,7 +262,7 @@ const CudaDriver& cuda_driver() {
 std::shared_ptr<Device> open_cpu() {
   Provider provider;
   provider.name = "CPUExecutionProvider";
-  return std::make_shared<InplaceDevice>(provider, [](Ort::SessionOptions&) {});
+  return std::make_shared<InplaceDevice>(provider, share_host_memory);
 }
 
 std::shared_ptr<Device> open_cuda(int index) {
@@ -223,13 +271,18 @@ std::shared_ptr<Device> open_cuda(int index) {
   provider.device = "cuda:" + std::to_string(index);
   provider.memory = "Cuda";
   provider.index = index;
+  // GroupQueryAttention chooses its kernel by it, and builds a new plan for every new number.
+  provider.sized_inputs = {"total_sequence_length"};
   provider.zero = [index](void* data, std::size_t bytes) { cuda_driver().zero(index, data, bytes); };
+  provider.free_bytes = [index] { return cuda_driver().free_bytes(index); };
   const auto configure = [index](Ort::SessionOptions& options) {
+    ort_environment();  // the provider's library logs through it as soon as it is loaded
     Ort::CUDAProviderOptions cuda;
     // TF32 keeps 10 bits of a mantissa: greedy tokens would differ. The default arena doubles at each growth.
     cuda.Update(
         {{"device_id", std::to_string(index)}, {"use_tf32", "0"}, {"arena_extend_strategy", "kSameAsRequested"}});
     options.AppendExecutionProvider_CUDA_V2(*cuda);
+    options.AddConfigEntry("session.record_ep_graph_assignment_info", "1");  // tells afterwards what runs where
   };
   const std::vector<std::string> offered = Ort::GetAvailableProviders();
   if (std::count(offered.begin(), offered.end(), provider.name) > 0 && index >= cuda_driver().gpus)

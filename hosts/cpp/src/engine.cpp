@@ -26,6 +26,7 @@ std::shared_ptr<Engine> Engine::load(const std::filesystem::path& folder, const 
   Manifest manifest = read_manifest(folder);
   check_files(folder, manifest, options.verify_hashes);
   const Placement places = open_devices(manifest, options);
+  check_room(memory_needs(folder, manifest, make_plan(manifest, options, shares_cpu(places)), places));
   return std::make_shared<Engine>(folder, std::move(manifest), options, places);
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "chat.hpp"
 #include "generation.hpp"
 #include "plan.hpp"
 #include "statistics.hpp"
@@ -43,6 +44,11 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   // Stops the answer being made, from any thread, after its current round; no-op when idle.
   void cancel() { cancelled_ = true; }
+
+  // Messages as prompt text. Throws Error(request) for what the bundle's chat format doesn't cover.
+  std::string render_chat(const std::vector<Message>& messages) const {
+    return mirror::render_chat(manifest.chat, messages, local_day());
+  }
 
   // Read when first asked for. Throws Error(request) if the bundle has no tokenizer, Error(bundle) if
   // this host can't read the one it has.

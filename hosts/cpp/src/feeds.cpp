@@ -36,7 +36,8 @@ void PassFeeds::want_rows(int first, int count) {
 void PassFeeds::fill_cursor(int past) {
   past_length = past;
   seqlens_k = past + width - 1;
-  total_sequence_length = past + width;
+  // Masks over branches cover every slot, in every pass. The target has none.
+  total_sequence_length = slot_branch->empty() ? past + width : static_cast<std::int32_t>(slot_branch->size());
 }
 
 int fit_width(const std::vector<int>& widths, int rows) {

@@ -56,13 +56,17 @@ std::string JsonObject::text(const char* key) {
   return found.get<std::string>();
 }
 
+std::string not_among(const Json& found, const std::vector<std::string>& choices) {
+  std::vector<std::string> listed;
+  for (const std::string& item : choices) listed.push_back(quoted(item));
+  return python_text(found) + " is not one of [" + joined(listed) + "]";
+}
+
 std::string JsonObject::choice(const char* key, const std::vector<std::string>& choices) {
   const Json& found = require(key);
   if (found.is_string() && std::count(choices.begin(), choices.end(), found.get<std::string>()) > 0)
     return found.get<std::string>();
-  std::vector<std::string> listed;
-  for (const std::string& item : choices) listed.push_back(quoted(item));
-  fail(key, python_text(found) + " is not one of [" + joined(listed) + "]");
+  fail(key, not_among(found, choices));
 }
 
 std::string JsonObject::hash(const char* key) {
@@ -96,6 +100,25 @@ std::vector<std::int64_t> JsonObject::numbers(const char* key, std::int64_t mini
   std::size_t index = 0;
   for (const Json& item : array(key))
     result.push_back(checked(item, std::string(key) + "." + std::to_string(index++), minimum));
+  return result;
+}
+
+bool JsonObject::boolean(const char* key) {
+  const Json& found = require(key);
+  if (!found.is_boolean()) fail(key, python_text(found) + " is not of type 'boolean'");
+  return found.get<bool>();
+}
+
+std::vector<std::string> JsonObject::texts(const char* key, const std::vector<std::string>& choices) {
+  std::vector<std::string> result;
+  for (const Json& item : array(key)) {
+    const std::string place = std::string(key) + "." + std::to_string(result.size());
+    if (!choices.empty() && (!item.is_string() || std::count(choices.begin(), choices.end(), item) == 0))
+      fail(place, not_among(item, choices));
+    if (!item.is_string()) fail(place, python_text(item) + " is not of type 'string'");
+    if (item.get<std::string>().empty()) fail(place, "'' should be non-empty");
+    result.push_back(item);
+  }
   return result;
 }
 

@@ -17,6 +17,9 @@ using Json = nlohmann::json;
 // A value as Python prints it, for messages.
 std::string python_text(const Json& value);
 
+// What is said of a value that is not among some choices.
+std::string not_among(const Json& found, const std::vector<std::string>& choices);
+
 // One object of a JSON document, and where it stands.
 class JsonObject {
  public:
@@ -32,6 +35,9 @@ class JsonObject {
   std::int64_t number(const char* key, std::int64_t minimum);
   std::optional<std::int64_t> nullable_number(const char* key);
   std::vector<std::int64_t> numbers(const char* key, std::int64_t minimum);
+  bool boolean(const char* key);
+  // Texts that are not empty, or some of `choices`.
+  std::vector<std::string> texts(const char* key, const std::vector<std::string>& choices = {});
   JsonObject object(const char* key);
   const Json& array(const char* key);
   const Json& any(const char* key);

@@ -184,6 +184,46 @@ Settings read_settings(JsonObject found) {
   return facts;
 }
 
+std::map<std::string, std::string> read_texts(JsonObject found) {
+  static const std::vector<std::string> after = {"system", "user", "assistant", "answer"};
+  std::map<std::string, std::string> texts;
+  for (const auto& [key, item] : found.value().items()) {
+    if (std::count(after.begin(), after.end(), key) == 0) found.fail("", not_among(key, after));
+    texts[key] = found.text(key.c_str());
+  }
+  return texts;
+}
+
+// Directives that are numbers or English names in every host.
+std::optional<std::string> read_date(JsonObject& chat) {
+  const auto date = chat.nullable_text("date");
+  if (!date) return date;
+  const std::string pattern = "^(%[dbBymYaAj]|[ ,./-])+$";
+  const std::string directives = "dbBymYaAj", between = " ,./-";
+  bool good = !date->empty();
+  for (std::size_t at = 0; good && at < date->size(); ++at)
+    good = between.find((*date)[at]) != std::string::npos ||
+           ((*date)[at] == '%' && ++at < date->size() && directives.find((*date)[at]) != std::string::npos);
+  if (!good) chat.fail("date", python_text(*date) + " does not match '" + pattern + "'");
+  return date;
+}
+
+std::optional<ChatFormat> read_chat(JsonObject& top) {
+  static const std::vector<std::string> before = {"start", "system", "user", "assistant"},
+                                        roles = {"system", "user", "assistant"};
+  if (top.is_null("chat")) return std::nullopt;
+  if (!top.value()["chat"].is_object())
+    top.fail("chat", python_text(top.value()["chat"]) + " is not of type 'object', 'null'");
+  JsonObject chat = top.object("chat"), joins = chat.object("joins");
+  ChatFormat format{{}, chat.texts("trimmed", roles), chat.texts("refused"), chat.boolean("empty"), read_date(chat)};
+  for (const auto& [key, item] : joins.value().items()) {
+    if (std::count(before.begin(), before.end(), key) == 0) joins.fail("", not_among(key, before));
+    format.joins[key] = read_texts(joins.item(item, key));
+  }
+  chat.end();
+  return format;
+}
+
 Json read_json(const fs::path& path) {
   std::ifstream stream(path, std::ios::binary);
   try {
@@ -260,7 +300,7 @@ Manifest read_manifest(const fs::path& folder) {
   Manifest manifest{read_model(top.object("model")),       read_decoding(top.object("decoding")),
                     read_tokens(top.object("tokens")),     read_draft(top),
                     read_segments(top.object("segments")), read_files(top.object("files")),
-                    read_settings(top.object("settings"))};
+                    read_settings(top.object("settings")), read_chat(top)};
   top.end();
   return manifest;
 }

@@ -81,6 +81,16 @@ struct Settings {
   std::optional<std::string> target_device, suffix_device, draft_device;
 };
 
+// The model's chat template as data: texts between messages, by what stands before (start, or a role) and
+// after (a role, or answer).
+struct ChatFormat {
+  std::map<std::string, std::map<std::string, std::string>> joins;
+  std::vector<std::string> trimmed;  // roles whose contents lose the white space around them
+  std::vector<std::string> refused;  // contents that hold one of these are not covered
+  bool empty;                        // whether contents without any text are covered
+  std::optional<std::string> date;   // how today's date is written where texts say {{date}}, as strftime has it
+};
+
 struct FileFacts {
   std::uintmax_t bytes;
   std::string sha256;
@@ -94,6 +104,7 @@ struct Manifest {
   std::map<std::string, SegmentFacts> segments;
   std::map<std::string, FileFacts> files;
   Settings settings;
+  std::optional<ChatFormat> chat;
 
   // Throws Error(bundle) if there is none of that name.
   const SegmentFacts& segment(const std::string& name) const;

@@ -6,6 +6,7 @@
 #include <deque>
 
 #include "error.hpp"
+#include "host_memory.hpp"
 
 namespace mirror {
 namespace {
@@ -26,7 +27,8 @@ ONNXTensorElementDataType element_type(DType dtype) {
 }
 
 struct Sizes {
-  int width, rows, capacity;
+  int width, rows;
+  std::int32_t capacity;
 };
 
 std::vector<std::int64_t> concrete(const TensorSpec& spec, const Sizes& sizes) {
@@ -45,19 +47,6 @@ std::size_t byte_count(const std::vector<std::int64_t>& shape, DType dtype) {
   std::size_t count = size_of(dtype);
   for (const std::int64_t size : shape) count *= static_cast<std::size_t>(size);
   return count;
-}
-
-std::shared_ptr<void> zeroed_memory(std::size_t bytes) {
-  constexpr std::size_t alignment = 64;
-  const std::size_t rounded = (std::max<std::size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
-#ifdef _WIN32
-  std::shared_ptr<void> memory(_aligned_malloc(rounded, alignment), _aligned_free);
-#else
-  std::shared_ptr<void> memory(std::aligned_alloc(alignment, rounded), std::free);
-#endif
-  if (!memory) throw std::bad_alloc();
-  std::memset(memory.get(), 0, rounded);
-  return memory;
 }
 
 Ort::Value view(void* data, std::size_t bytes, const std::vector<std::int64_t>& shape, DType dtype) {
@@ -182,7 +171,39 @@ void check_graph(const SegmentFacts& facts, const Graph& graph) {
   check_kv(facts, graph.outputs, present_prefix);
 }
 
-// One binding: what it reads, what it writes.
+// What a session is given and asked for by name, where nothing is bound.
+class Exchange {
+ public:
+  void give(const std::string& name, Ort::Value value) {
+    given_.push_back(name);
+    values_.push_back(std::move(value));
+  }
+  // `buffer` must stay where it is.
+  void ask(const std::string& name, const Buffer& buffer) {
+    asked_.push_back(name);
+    places_.emplace_back(buffer.host, byte_count(buffer.shape, buffer.dtype));
+  }
+  void run(Ort::Session& session) const {
+    const auto given = pointers(given_), asked = pointers(asked_);
+    const auto results =
+        session.Run(Ort::RunOptions{}, given.data(), values_.data(), given.size(), asked.data(), asked.size());
+    for (std::size_t at = 0; at < results.size(); ++at)
+      std::memcpy(places_[at].first, results[at].GetTensorRawData(), places_[at].second);
+  }
+
+ private:
+  static std::vector<const char*> pointers(const std::vector<std::string>& names) {
+    std::vector<const char*> result;
+    for (const std::string& name : names) result.push_back(name.c_str());
+    return result;
+  }
+
+  std::vector<std::string> given_, asked_;
+  std::vector<Ort::Value> values_;
+  std::vector<std::pair<std::byte*, std::size_t>> places_;
+};
+
+// One pass of one size: what it reads, what it writes.
 class OrtPass final : public BoundPass {
  public:
   OrtPass(const SegmentFacts& facts, const Graph& graph, const Provider& provider,
@@ -193,8 +214,9 @@ class OrtPass final : public BoundPass {
         cache_(std::static_pointer_cast<OrtCache>(cache)),
         sizes_(sizes),
         binding_(*session_) {
-    for (const TensorSpec& spec : graph.inputs) bind_input(spec, feeds, sizes);
-    for (const TensorSpec& spec : graph.outputs) bind_output(spec, feeds, sizes);
+    kept_.reserve(graph.outputs.size());  // places in it are kept
+    for (const TensorSpec& spec : graph.inputs) bind_input(spec, feeds);
+    for (const TensorSpec& spec : graph.outputs) bind_output(spec, feeds);
   }
 
   void run(int past_length) override {
@@ -202,44 +224,60 @@ class OrtPass final : public BoundPass {
       throw Error(ErrorKind::device, name_ + " would write past its cache of " + std::to_string(cache_->capacity) +
                                          " slots; load the bundle with a larger max_length");
     try {
-      if (!staged_.empty()) stage();
-      session_->Run(options_, binding_);
+      compute();
     } catch (const Ort::Exception& error) {
       throw Error(ErrorKind::device, name_ + " failed on " + provider_.name + ": " + error.what());
     }
-    for (const auto& [past, rows] : new_rows_) write_rows(*past, rows, past_length);
+    for (const auto& [past, rows] : new_rows_) write_rows(*past, *rows, past_length);
   }
 
   const PassOutputs& outputs() const override { return outputs_; }
   const std::byte* hidden() const override { return hidden_ ? hidden_->host : nullptr; }
 
  private:
-  void bind_input(const TensorSpec& spec, PassFeeds& feeds, const Sizes& sizes) {
+  void compute() {
+    if (!provider_.binds) {
+      exchange_.run(*session_);
+      return;
+    }
+    if (!staged_.empty()) stage();
+    session_->Run(options_, binding_);
+  }
+
+  void bind_input(const TensorSpec& spec, PassFeeds& feeds) {
+    const auto shape = concrete(spec, sizes_);
     if (begins(spec.name, past_prefix)) {
-      binding_.BindInput(spec.name.c_str(), past(spec.name).value);
+      give(spec.name, past(spec.name), true);
       return;
     }
     if (spec.name == "hidden_states") {
       const auto hidden = std::any_cast<std::shared_ptr<Buffer>>(feeds.hidden_states);
-      if (hidden->dtype != spec.dtype || hidden->shape != concrete(spec, sizes))
+      if (hidden->dtype != spec.dtype || hidden->shape != shape)
         throw Error(ErrorKind::bundle,
                     name_ + " takes other hidden_states than target_prefix gives; export the bundle again");
       hidden_ = hidden;
-      give(spec.name, hidden->value, provider_.on_host() || hidden->host == nullptr);
+      give(spec.name, *hidden, provider_.on_host() || hidden->host == nullptr);
       return;
     }
-    const auto shape = concrete(spec, sizes);
     if (spec.name == "features") feeds.features.resize(byte_count(shape, spec.dtype));
-    inputs_.push_back(view(input_data(feeds, spec.name), byte_count(shape, spec.dtype), shape, spec.dtype));
+    Buffer input;
+    input.host = static_cast<std::byte*>(input_data(feeds, spec.name));
+    if (provider_.sized_inputs.count(spec.name) > 0) input.host = reinterpret_cast<std::byte*>(&sizes_.capacity);
+    input.value = view(input.host, byte_count(shape, spec.dtype), shape, spec.dtype);
+    input.shape = shape;
+    input.dtype = spec.dtype;
+    inputs_.push_back(std::move(input));
     give(spec.name, inputs_.back(), provider_.on_host());
   }
 
   // Binding copies what is in another memory, so such inputs are bound again for each run.
-  void give(const std::string& name, const Ort::Value& value, bool once) {
-    if (once)
-      binding_.BindInput(name.c_str(), value);
+  void give(const std::string& name, const Buffer& buffer, bool once) {
+    if (!provider_.binds)
+      exchange_.give(name, view(buffer.host, byte_count(buffer.shape, buffer.dtype), buffer.shape, buffer.dtype));
+    else if (once)
+      binding_.BindInput(name.c_str(), buffer.value);
     else
-      staged_.emplace_back(name, &value);
+      staged_.emplace_back(name, &buffer.value);
   }
 
   void stage() {
@@ -247,35 +285,41 @@ class OrtPass final : public BoundPass {
     binding_.SynchronizeInputs();
   }
 
-  void bind_output(const TensorSpec& spec, PassFeeds& feeds, const Sizes& sizes) {
+  void bind_output(const TensorSpec& spec, PassFeeds& feeds) {
     if (begins(spec.name, present_prefix)) {
-      bind_present(spec, sizes);
+      bind_present(spec);
       return;
     }
-    const auto shape = concrete(spec, sizes);
+    const auto shape = concrete(spec, sizes_);
     if (spec.name == "hidden_states") {
       auto hidden = std::make_shared<Buffer>(
           feeds.hidden_on_host ? host_buffer(shape, spec.dtype) : make_buffer(session_, provider_, shape, spec.dtype));
       feeds.hidden_states = hidden;
       hidden_ = hidden;
-      binding_.BindOutput(spec.name.c_str(), hidden->value);
+      ask(spec.name, *hidden);
       return;
     }
     kept_.push_back(host_buffer(shape, spec.dtype));
-    binding_.BindOutput(spec.name.c_str(), kept_.back().value);
+    ask(spec.name, kept_.back());
     note_output(spec.name, kept_.back());
   }
 
-  void bind_present(const TensorSpec& spec, const Sizes& sizes) {
+  void bind_present(const TensorSpec& spec) {
     Buffer& buffer = past(past_name(spec.name));
     if (provider_.form == Form::inplace) {
-      binding_.BindOutput(spec.name.c_str(), buffer.value);
+      ask(spec.name, buffer);
       return;
     }
-    kept_.push_back(host_buffer(concrete(spec, sizes), spec.dtype));
-    binding_.BindOutput(spec.name.c_str(), kept_.back().value);
-    new_rows_.emplace_back(&buffer, std::move(kept_.back()));
-    kept_.pop_back();
+    kept_.push_back(host_buffer(concrete(spec, sizes_), spec.dtype));
+    ask(spec.name, kept_.back());
+    new_rows_.emplace_back(&buffer, &kept_.back());
+  }
+
+  void ask(const std::string& name, const Buffer& buffer) {
+    if (provider_.binds)
+      binding_.BindOutput(name.c_str(), buffer.value);
+    else
+      exchange_.ask(name, buffer);
   }
 
   Buffer& past(const std::string& name) {
@@ -315,10 +359,11 @@ class OrtPass final : public BoundPass {
   Sizes sizes_;
   Ort::IoBinding binding_;
   Ort::RunOptions options_;
-  std::deque<Ort::Value> inputs_;  // a deque: staged_ points into it
+  Exchange exchange_;
+  std::deque<Buffer> inputs_;  // a deque: staged_ points into it
   std::vector<std::pair<std::string, const Ort::Value*>> staged_;
   std::vector<Buffer> kept_;
-  std::vector<std::pair<Buffer*, Buffer>> new_rows_;
+  std::vector<std::pair<Buffer*, const Buffer*>> new_rows_;
   PassOutputs outputs_;
 };
 
@@ -334,6 +379,7 @@ Ort::Env& ort_environment() {
 #endif
     Ort::Env made(ORT_LOGGING_LEVEL_ERROR, "mirror");
     made.DisableTelemetryEvents();
+    register_host_memory(made);
     return made;
   }();
   return environment;
@@ -367,7 +413,7 @@ OrtSegment::OrtSegment(const SegmentFacts& facts, const Graph& graph, Provider p
       widths_(std::move(widths)) {
   check_graph(facts_, graph_);
   std::sort(widths_.begin(), widths_.end());
-  if (widths_.empty()) {
+  if (!provider_.compiles) {
     session({0, 0});
     return;
   }
@@ -376,7 +422,7 @@ OrtSegment::OrtSegment(const SegmentFacts& facts, const Graph& graph, Provider p
 }
 
 const std::shared_ptr<Ort::Session>& OrtSegment::session(PassShape shape) {
-  auto& found = sessions_[widths_.empty() ? PassShape{0, 0} : shape];
+  auto& found = sessions_[provider_.compiles ? shape : PassShape{0, 0}];
   if (!found) found = std::make_shared<Ort::Session>(open_(graph_, shape));
   return found;
 }
@@ -391,7 +437,7 @@ PassShape OrtSegment::covering(PassShape wanted) const {
 
 std::unique_ptr<BoundPass> OrtSegment::bind(PassFeeds& feeds, int rows, const std::shared_ptr<KVCache>& cache) {
   const PassShape wanted{feeds.width, takes_rows() ? rows : 0};
-  const PassShape shape = widths_.empty() ? wanted : covering(wanted);
+  const PassShape shape = provider_.compiles ? covering(wanted) : wanted;
   return std::make_unique<OrtPass>(facts_, graph_, provider_, session(shape), feeds,
                                    Sizes{feeds.width, shape.rows, capacity_}, cache);
 }

@@ -21,8 +21,16 @@ struct Provider {
   Form form = Form::inplace;
   std::string memory;  // ONNX Runtime's name of its memory; empty for host memory
   int index = 0;
-  std::set<std::string> host_inputs;             // catalogue inputs that its kernels read in host memory
-  std::function<void(void*, std::size_t)> zero;  // clears its memory
+  // Whether a session is compiled for each pass shape; else one session takes them all.
+  bool compiles = false;
+  // Whether its sessions read and write buffers that are bound once, as ONNX Runtime's own providers do.
+  // Else they are given their inputs anew at every pass, and what they return is copied.
+  bool binds = true;
+  // Catalogue inputs by which its kernels choose themselves, in host memory. They get the cache's capacity:
+  // another number in the next pass could mean another kernel, and its plan.
+  std::set<std::string> sized_inputs;
+  std::function<void(void*, std::size_t)> zero;                  // clears its memory
+  std::function<std::optional<std::uint64_t>()> free_bytes;      // what is left of it
 
   bool on_host() const { return memory.empty(); }
 };
@@ -45,8 +53,8 @@ using OpenSession = std::function<Ort::Session(const Graph&, PassShape)>;
 // A graph as one session, or as one per compiled shape.
 class OrtSegment final : public Segment {
  public:
-  // `widths` empty: one session for every shape. Else one per shape, `shapes` at once and others
-  // when first asked for.
+  // `widths`: those that it takes; empty if any. A provider that compiles gets a session for each of
+  // `shapes` at once, and for others when first asked for.
   OrtSegment(const SegmentFacts& facts, const Graph& graph, Provider provider, int capacity, OpenSession open,
              std::vector<int> widths, const std::vector<PassShape>& shapes);
 

@@ -178,6 +178,39 @@ Placement open_devices(const Manifest& manifest, const EngineOptions& options) {
   return places;
 }
 
+std::vector<MemoryNeed> memory_needs(const std::filesystem::path& folder, const Manifest& manifest, const Plan& plan,
+                                     const Placement& places) {
+  const int target = plan.target_capacity(),
+            draft = rollout_capacity(plan.max_length, plan.gamma, plan.branches(), plan.tokens_per_pass);
+  struct Part {
+    const char* name;
+    const Device* device;
+    int capacity;
+  };
+  std::vector<Part> parts = {{"target_prefix", places.target.get(), target},
+                             {"exit_head", places.target.get(), target},
+                             {"target_suffix", places.suffix.get(), target}};
+  // The draft's two graphs share one cache.
+  if (plan.mode != Mode::plain) {
+    parts.push_back({"draft_trunk", places.draft.get(), 0});
+    parts.push_back({"draft", places.draft.get(), draft});
+  }
+  std::vector<MemoryNeed> needs;
+  std::vector<std::string> names;
+  for (const Part& part : parts) {
+    const auto facts = manifest.segments.find(part.name);
+    if (facts == manifest.segments.end()) continue;
+    const auto at = std::find(names.begin(), names.end(), part.device->name()) - names.begin();
+    if (at == static_cast<std::ptrdiff_t>(names.size())) {
+      names.push_back(part.device->name());
+      needs.push_back({part.device->free_memory(), {}});
+    }
+    needs[static_cast<std::size_t>(at)].segments.push_back(
+        segment_memory(folder, facts->second, part.device->form(), part.capacity));
+  }
+  return needs;
+}
+
 RoundShape round_shape(const Manifest& manifest, const Plan& plan, std::optional<int> most) {
   return {std::min(plan.gamma, most.value_or(plan.gamma)), manifest.decoding.prefill_chunk, needs_exit(plan.source),
           plan.mode != Mode::plain && manifest.draft && manifest.draft->feature_layer};

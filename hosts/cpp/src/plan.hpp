@@ -12,6 +12,7 @@
 #include "draft.hpp"
 #include "generation.hpp"
 #include "manifest.hpp"
+#include "memory.hpp"
 #include "target.hpp"
 
 namespace mirror {
@@ -60,6 +61,10 @@ Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shar
 
 // Opens the devices that the user, or else the bundle's settings, name.
 Placement open_devices(const Manifest& manifest, const EngineOptions& options);
+
+// What each device is to hold: every segment's weights and cache.
+std::vector<MemoryNeed> memory_needs(const std::filesystem::path& folder, const Manifest& manifest, const Plan& plan,
+                                     const Placement& places);
 
 RoundShape round_shape(const Manifest& manifest, const Plan& plan, std::optional<int> most);
 

@@ -127,6 +127,33 @@ static void text_without_a_tokenizer(mirror_engine* engine) {
   refused(mirror_answer_start_text(engine, "hello", 5, NULL, &answer), MIRROR_REQUEST, "no tokenizer.json");
 }
 
+static void chat_formats(const char* bundles) {
+  const mirror_message messages[] = {{"system", "Be brief.", 9}, {"user", "a b", 3}};
+  const char* expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\n";
+  mirror_load_options options;
+  mirror_engine* engine = NULL;
+  mirror_answer* answer = NULL;
+  char folder[4096];
+  char* text = NULL;
+  size_t length = 0;
+  mirror_load_options_init(&options);
+  options.mode = MIRROR_MODE_PLAIN;
+  snprintf(folder, sizeof folder, "%s/chat-default-system", bundles);
+  succeeds(mirror_engine_load(folder, &options, &engine), "load a bundle with a chat format");
+  succeeds(mirror_engine_render_chat(engine, messages, 2, &text, &length), "render");
+  check(length == strlen(expected) && strcmp(text, expected) == 0, "the chat format");
+  mirror_text_free(text);
+  refused(mirror_engine_render_chat(engine, messages, 1, &text, &length), MIRROR_REQUEST, "no answer after system");
+  refused(mirror_engine_render_chat(engine, NULL, 0, &text, &length), MIRROR_REQUEST, "list of messages is empty");
+  refused(mirror_engine_render_chat(engine, NULL, 1, &text, &length), MIRROR_REQUEST, "messages is NULL");
+  refused(mirror_answer_start_chat(engine, messages, 2, NULL, &answer), MIRROR_REQUEST, "no tokenizer.json");
+  mirror_engine_free(engine);
+  snprintf(folder, sizeof folder, "%s/alone", bundles);
+  succeeds(mirror_engine_load(folder, &options, &engine), "load a bundle without a chat format");
+  refused(mirror_engine_render_chat(engine, messages, 2, &text, &length), MIRROR_REQUEST, "no chat format as data");
+  mirror_engine_free(engine);
+}
+
 static void the_law_alone(void) {
   const float logits[] = {1, 4, 4, -2};
   const int64_t context[] = {1};
@@ -160,6 +187,7 @@ int main(int count, char** arguments) {
   succeeds(mirror_engine_load(bundle, NULL, &engine), "load");
   answers(engine);
   text_without_a_tokenizer(engine);
+  chat_formats(arguments[1]);
   the_law_alone();
   mirror_engine_free(engine);
   mirror_engine_free(NULL);

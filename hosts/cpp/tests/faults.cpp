@@ -7,6 +7,7 @@
 #include <fstream>
 #include <future>
 #include <mutex>
+#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "checks.hpp"
@@ -292,11 +293,53 @@ void bundles_that_are_broken() {
   fs::remove_all(folder);
 }
 
+// One graph's file then says that it refers to weights that no machine holds.
+void asks_for_the_moon(const fs::path& folder) {
+  const std::string entry = std::string("\x0a\x06") + "length" + "\x12\x10" + "1000000000000000";  // 10^15
+  const auto message = [](char tag, const std::string& content) {
+    return std::string{tag, static_cast<char>(content.size())} + content;
+  };
+  const std::string more = message('\x3a', message('\x2a', message('\x6a', entry)));
+  std::ofstream(folder / "draft.onnx", std::ios::binary | std::ios::app) << more;
+  auto manifest = nlohmann::json::parse(std::ifstream(folder / "mirror.json"));
+  manifest["files"]["draft.onnx"]["bytes"] = fs::file_size(folder / "draft.onnx");
+  std::ofstream(folder / "mirror.json") << manifest;
+}
+
+void what_does_not_fit() {
+  const fs::path folder = fs::temp_directory_path() / "mirror-faults-memory";
+  fs::remove_all(folder);
+  fs::copy(bundles / "context", folder);
+  asks_for_the_moon(folder);
+  refused("load", ErrorKind::device, "draft 931322.57 GiB", [&] { Engine::load(folder, {}); });
+  checks.check(Engine::load(folder, in_mode(Mode::plain)) != nullptr, "a draft that isn't loaded needs nothing");
+  fs::remove_all(folder);
+
+  const Manifest manifest = read_manifest(bundles / "context");
+  const auto device = std::make_shared<HookedDevice>();
+  const Placement places{device, device, device};
+  const auto check = [&](std::uint64_t free) {
+    device->free_bytes = free;
+    check_room(memory_needs(bundles / "context", manifest, make_plan(manifest, {}, true), places));
+  };
+  refused("needs", ErrorKind::device, "host memory has 0.00 GiB free, these segments need at least",
+          [&] { check(9000); });
+  check(std::uint64_t{1} << 30);
+  const auto free = host_free_bytes();
+  checks.check(!free || (*free > 1 << 20 && *free < std::uint64_t{1} << 50), "this machine tells its memory");
+}
+
 // Every form and both kinds of widths give the plain path, and a perfect draft stays perfect where
-// passes are padded, so no real row sees a padding row.
-void forms_and_widths(Form form, bool fixed) {
-  const std::string name = to_string(form) + (fixed ? " fixed" : " free");
-  const auto device = [&] { return std::make_shared<HookedDevice>(nullptr, form, fixed); };
+// passes are padded, so no real row sees a padding row. So do sessions that bind nothing.
+void forms_and_widths(Form form, bool fixed, bool binds, bool compiles) {
+  const std::string name = to_string(form) + (fixed ? " fixed" : " free") + (binds ? "" : " unbound") +
+                           (compiles ? "" : " in one session");
+  const auto device = [&] {
+    auto made = std::make_shared<HookedDevice>(nullptr, form, fixed);
+    made->binds = binds;
+    made->compiles = compiles;
+    return made;
+  };
   for (const std::string bundle : {"context", "wide", "perfect", "streams", "fed"})
     for (const Mode mode : {Mode::plain, Mode::serial, Mode::mirror}) {
       EngineOptions options = in_mode(mode);
@@ -375,7 +418,10 @@ int main(int count, char** arguments) {
   checks.group("devices", devices_that_are_not_there);
   checks.group("bundles", bundles_that_are_broken);
   for (const Form form : {Form::inplace, Form::rows})
-    for (const bool fixed : {false, true}) checks.group("forms", [&] { forms_and_widths(form, fixed); });
+    for (const bool fixed : {false, true}) checks.group("forms", [&] { forms_and_widths(form, fixed, true, true); });
+  checks.group("unbound", [] { forms_and_widths(Form::rows, true, false, true); });
+  checks.group("one session", [] { forms_and_widths(Form::inplace, true, true, false); });
+  checks.group("memory", what_does_not_fit);
   checks.group("overlap", really_overlaps);
   checks.group("reuse", reuses_the_cache);
   return checks.end();

@@ -52,6 +52,8 @@ class HookedDevice final : public Device {
       : hook_(std::move(hook)), form_(form), fixed_widths_(fixed_widths) {}
 
   const std::string& name() const override { return name_; }
+  Form form() const override { return form_; }
+  FreeMemory free_memory() const override { return {"host memory", free_bytes}; }
 
   std::unique_ptr<Segment> load_segment(const std::filesystem::path& folder, const SegmentFacts& facts, int capacity,
                                         const std::vector<PassShape>& shapes, const std::vector<PassShape>& later,
@@ -59,13 +61,16 @@ class HookedDevice final : public Device {
     Provider provider;
     provider.name = "CPUExecutionProvider";
     provider.form = form_;
+    provider.binds = binds;
+    provider.compiles = fixed_widths_ && compiles;
+    if (!compiles) provider.sized_inputs = {"total_sequence_length"};
     std::set<int> widths;
     for (const auto* list : {&shapes, &later})
       for (const PassShape& shape : *list) widths.insert(shape.width);
-    const bool fixed = fixed_widths_;
-    const auto open = [folder, threads, fixed, capacity](const Graph& graph, PassShape shape) {
+    const bool compiled = provider.compiles;
+    const auto open = [folder, threads, compiled, capacity](const Graph& graph, PassShape shape) {
       Ort::SessionOptions options = session_options(threads);
-      if (fixed) {
+      if (compiled) {
         options.AddFreeDimensionOverrideByName("width", shape.width);
         options.AddFreeDimensionOverrideByName("rows", shape.rows);
         options.AddFreeDimensionOverrideByName("capacity", capacity);
@@ -74,9 +79,15 @@ class HookedDevice final : public Device {
     };
     auto inner = std::make_unique<OrtSegment>(
         facts, graph_of(facts, form_, name_), provider, capacity, open,
-        fixed ? std::vector<int>(widths.begin(), widths.end()) : std::vector<int>{}, shapes);
+        fixed_widths_ ? std::vector<int>(widths.begin(), widths.end()) : std::vector<int>{}, shapes);
     return std::make_unique<HookedSegment>(facts.name, std::move(inner), hook_);
   }
+
+  std::optional<std::uint64_t> free_bytes;
+  // Whether its sessions bind their buffers, or are given them anew at every pass as plugins are.
+  bool binds = true;
+  // Whether fixed widths are compiled one by one; else one session takes them, told the capacity as a GPU's is.
+  bool compiles = true;
 
  private:
   std::string name_ = "cpu";

@@ -81,6 +81,7 @@ class ClockedDevice final : public Device {
  public:
   explicit ClockedDevice(SessionClock& clock) : clock_(clock) {}
   const std::string& name() const override { return inner_->name(); }
+  Form form() const override { return inner_->form(); }
   std::unique_ptr<Segment> load_segment(const std::filesystem::path& folder, const SegmentFacts& facts, int capacity,
                                         const std::vector<PassShape>& shapes, const std::vector<PassShape>& later,
                                         int threads) override {

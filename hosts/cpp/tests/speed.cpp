@@ -1,38 +1,77 @@
-// What a host costs: `mirror_speed BUNDLE MODE THREADS MAX_NEW_TOKENS TOKEN...`. Prints one JSON line for
-// one answer, after one that warms up; `tokens` tells whether hosts agree.
+// A host to be measured: `mirror_speed BUNDLE [KEY=VALUE]...`. Reads prompts, one a line, as token ids; prints a
+// JSON line for each answer. Keys: mode (a number of mirror_mode), threads, tokens, target, draft, pinned, plugin.
 
 #include <cstdio>
 #include <cstdlib>
+#include <iostream>
+#include <map>
 #include <mirror/mirror.hpp>
+#include <sstream>
+
+namespace {
+
+using Settings = std::map<std::string, std::string>;
+
+Settings settings_of(int count, char** arguments) {
+  Settings settings = {{"mode", "0"}, {"threads", "0"}, {"tokens", "64"}, {"pinned", "0"}};
+  for (int index = 2; index < count; ++index) {
+    const std::string text = arguments[index];
+    settings[text.substr(0, text.find('='))] = text.substr(text.find('=') + 1);
+  }
+  return settings;
+}
+
+mirror::LoadOptions load_options(const Settings& settings) {
+  const auto device = [&](const char* key) {
+    const auto found = settings.find(key);
+    return found == settings.end() ? nullptr : found->second.c_str();
+  };
+  mirror::LoadOptions load;
+  load.mode = static_cast<mirror_mode>(std::stoi(settings.at("mode")));
+  load.threads = std::stoi(settings.at("threads"));
+  load.pinned = std::stoi(settings.at("pinned"));
+  load.target_device = device("target");
+  load.draft_device = device("draft");
+  return load;
+}
+
+void print(const mirror::Answer& answer) {
+  const mirror_statistics s = answer.statistics();
+  std::printf("{\"decode_tokens_per_s\": %.4f, \"ttft_ms\": %.3f, \"round_ms\": %.5f, \"host_ms\": %.5f, ",
+              s.decode_tokens_per_s, 1e3 * s.ttft_s, s.round_ms, s.host_ms);
+  std::printf("\"rounds\": %d, \"draft_tokens_accepted\": %d, \"events\": %zu, \"tokens\": [", s.rounds,
+              s.draft_tokens_accepted, answer.events().size());
+  const mirror::Tokens tokens = answer.tokens();
+  for (std::size_t index = 0; index < tokens.size(); ++index)
+    std::printf("%s%lld", index ? ", " : "", static_cast<long long>(tokens[index]));
+  std::printf("]}\n");
+  std::fflush(stdout);
+  for (const std::string& event : answer.events()) std::fprintf(stderr, "%s\n", event.c_str());
+}
+
+}  // namespace
 
 int main(int count, char** arguments) {
-  if (count < 6) {
-    std::fprintf(stderr,
-                 "usage: mirror_speed BUNDLE MODE(1 plain, 2 serial, 3 mirror) THREADS MAX_NEW_TOKENS TOKEN...\n");
+  if (count < 2) {
+    std::fprintf(stderr, "usage: mirror_speed BUNDLE [KEY=VALUE]...\n");
     return 2;
   }
   try {
-    mirror::LoadOptions load;
-    load.mode = static_cast<mirror_mode>(std::atoi(arguments[2]));
-    load.threads = std::atoi(arguments[3]);
-    mirror::Engine engine(arguments[1], load);
+    const Settings settings = settings_of(count, arguments);
+    if (settings.count("plugin") > 0) 
+      mirror::check(mirror_register_provider_library("OpenVINO", settings.at("plugin").c_str()));
+    mirror::Engine engine(arguments[1], load_options(settings));
     mirror::GenerateOptions options;
-    options.max_new_tokens = std::atoi(arguments[4]);
-    mirror::Tokens prompt;
-    for (int index = 5; index < count; ++index) prompt.push_back(std::atoll(arguments[index]));
-    engine.answer(prompt, options).run();
-    mirror::Answer answer = engine.answer(prompt, options);
-    answer.run();
-    const mirror_statistics s = answer.statistics();
-    std::printf(
-        "{\"decode_tokens_per_s\": %.3f, \"ttft_ms\": %.3f, \"round_ms\": %.4f, \"host_ms\": %.4f, \"rounds\": %d, ",
-        s.decode_tokens_per_s, 1e3 * s.ttft_s, s.round_ms, s.host_ms, s.rounds);
-    std::printf("\"tokens_per_round\": %.4f, \"tokens\": [", s.tokens_per_round);
-    const mirror::Tokens tokens = answer.tokens();
-    for (std::size_t index = 0; index < tokens.size(); ++index)
-      std::printf("%s%lld", index ? ", " : "", static_cast<long long>(tokens[index]));
-    std::printf("]}\n");
-  } catch (const mirror::Exception& error) {
+    options.max_new_tokens = std::stoll(settings.at("tokens"));
+    for (std::string line; std::getline(std::cin, line);) {
+      std::istringstream words(line);
+      mirror::Tokens prompt;
+      for (std::int64_t token = 0; words >> token;) prompt.push_back(token);
+      mirror::Answer answer = engine.answer(prompt, options);
+      answer.run();
+      print(answer);
+    }
+  } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
     return 1;
   }

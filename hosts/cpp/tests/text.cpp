@@ -64,6 +64,9 @@ void check_answer(Checks& checks, Engine& engine, const Json& item) {
   options.stop = item["stop_strings"].get<std::vector<std::string>>();
   options.mode = parse_mode(item["mode"]);
   options.wants_text = true;
+  std::vector<Message> messages;
+  for (const Json& message : item["messages"]) messages.push_back({message["role"], message["content"]});
+  checks.equal(engine.render_chat(messages), item["prompt"].get<std::string>(), "chat format");
   const auto answer = engine.answer(engine.tokenizer().encode(item["prompt"], false), options);
   std::string text;
   while (const auto piece = answer->next()) text += piece->text;

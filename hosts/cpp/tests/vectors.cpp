@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "candidates.hpp"
+#include "chat.hpp"
 #include "checks.hpp"
 #include "engine.hpp"
 #include "error.hpp"
@@ -256,6 +257,54 @@ void check_draft(Checks& checks, const Json& item, const fs::path& folder) {
   for (const Json& turn : item["turns"]) check_turn(checks, *draft, plan.gamma, turn, noise);
 }
 
+void check_chat(Checks& checks, const Json& cases, const fs::path& bundles) {
+  for (const Json& item : cases) {
+    std::vector<Message> messages;
+    for (const Json& message : item["messages"]) messages.push_back({message["role"], message["content"]});
+    const Manifest manifest = read_manifest(bundles / item["bundle"].get<std::string>());
+    Json text, error;
+    try {
+      std::tm today{};
+      if (!item["today"].is_null()) {
+        today.tm_year = item["today"][0].get<int>() - 1900;
+        today.tm_mon = item["today"][1].get<int>() - 1;
+        today.tm_mday = item["today"][2];
+      }
+      text = render_chat(manifest.chat, messages, today);
+    } catch (const Error& refusal) {
+      error = refusal.what();
+    }
+    checks.check(text == item["text"] && error == item["error"], "chat " + item.dump() + " gave " + error.dump());
+  }
+}
+
+Json refusal_of_room(const Json& devices) {
+  std::vector<MemoryNeed> needs;
+  for (const Json& device : devices) {
+    needs.push_back({{device["pool"], {}}, {}});
+    if (!device["free"].is_null()) needs.back().free.bytes = device["free"].get<std::uint64_t>();
+    for (const Json& item : device["segments"]) needs.back().segments.push_back({item[0], item[1], item[2]});
+  }
+  try {
+    check_room(needs);
+    return nullptr;
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+void check_memory(Checks& checks, const Json& memory, const fs::path& bundles) {
+  for (const Json& item : memory["rooms"])
+    checks.equal(refusal_of_room(item["devices"]), item["error"], "room " + item.dump());
+  for (const Json& item : memory["segments"]) {
+    const fs::path folder = bundles / item["bundle"].get<std::string>();
+    const Form form = item["form"] == "rows" ? Form::rows : Form::inplace;
+    const auto found =
+        segment_memory(folder, read_manifest(folder).segment(item["segment"]), form, item["capacity"].get<int>());
+    checks.check(found.weight_bytes == item["weights"] && found.cache_bytes == item["cache"], "memory " + item.dump());
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -271,6 +320,8 @@ int main(int count, char** arguments) {
   checks.group("manifests", [&] { check_manifests(checks, read(vectors / "manifests.json")); });
   checks.group("argmax", [&] { check_argmax(checks); });
   checks.group("generations", [&] { check_generations(checks, read(vectors / "generations.json"), bundles); });
+  checks.group("chat", [&] { check_chat(checks, read(vectors / "chat.json"), bundles); });
+  checks.group("memory", [&] { check_memory(checks, read(vectors / "memory.json"), bundles); });
   checks.group("drafts", [&] {
     for (const Json& item : read(vectors / "drafts.json"))
       check_draft(checks, item, bundles / item["bundle"].get<std::string>());

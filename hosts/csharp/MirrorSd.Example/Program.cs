@@ -10,11 +10,6 @@ using MirrorSd;
 
 internal static class Program
 {
-    // The chat format of the default model (ChatML); another model's is in its chat_template.jinja.
-    private static string Chat(string question) =>
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        + $"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n";
-
     private static int Main(string[] arguments)
     {
         if (arguments.Length < 2)
@@ -27,7 +22,8 @@ internal static class Program
             TargetDevice = arguments.Length > 2 ? arguments[2] : null,
             DraftDevice = arguments.Length > 3 ? arguments[3] : null,
         };
-        var options = new GenerateOptions { MaxNewTokens = 200, AddSpecialTokens = false };
+        var options = new GenerateOptions { MaxNewTokens = 200 };
+        var messages = new[] { new Message("user", arguments[1]) };
         try
         {
             using (var cancellation = new CancellationTokenSource())
@@ -38,7 +34,7 @@ internal static class Program
                     press.Cancel = true;
                     cancellation.Cancel();
                 };
-                foreach (var text in engine.Stream(Chat(arguments[1]), options, cancellation.Token))
+                foreach (var text in engine.Stream(messages, options, cancellation.Token))
                 {
                     Console.Write(text);
                 }

@@ -26,6 +26,7 @@ internal static class Program
         Group("sampling", () => SamplingCases(Read(vectors, "sampling")));
         Group("manifests", () => Manifests(Read(vectors, "manifests")));
         Group("generations", () => Generations(Read(vectors, "generations"), bundles));
+        Group("chat", () => Chat(Read(vectors, "chat"), bundles));
         Group("faults", () => Faults(Path.Combine(bundles, "context")));
         if (arguments.Length == 4)
         {
@@ -231,6 +232,38 @@ internal static class Program
         last.Dispose();
     }
 
+    private static Message[] MessagesOf(JsonElement list) => list.EnumerateArray()
+        .Select(item => new Message(item.GetProperty("role").GetString(), item.GetProperty("content").GetString())).ToArray();
+
+    private static void Chat(JsonElement cases, string bundles)
+    {
+        foreach (var group in cases.EnumerateArray().GroupBy(item => item.GetProperty("bundle").GetString()))
+        {
+            using (var engine = Engine.Load(Path.Combine(bundles, group.Key), new LoadOptions { Mode = Mode.Plain, Threads = 1 }))
+            {
+                // Those of a certain day are for hosts that can be told the day.
+                foreach (var item in group.Where(item => item.GetProperty("today").ValueKind == JsonValueKind.Null))
+                {
+                    ChatCase(engine, item);
+                }
+            }
+        }
+    }
+
+    private static void ChatCase(Engine engine, JsonElement item)
+    {
+        string text = null, error = null;
+        try
+        {
+            text = engine.RenderChat(MessagesOf(item.GetProperty("messages")));
+        }
+        catch (MirrorException refusal)
+        {
+            error = refusal.Message;
+        }
+        Check(text == item.GetProperty("text").GetString() && error == item.GetProperty("error").GetString(), $"chat {item} gave {text}{error}");
+    }
+
     private static void Text(string bundle, JsonElement cases)
     {
         using (var engine = Engine.Load(bundle, new LoadOptions { MaxLength = 200 }))
@@ -266,6 +299,9 @@ internal static class Program
             return;
         }
         Check(engine.Generate(prompt, options) == expected, "the same at once");
+        var messages = MessagesOf(item.GetProperty("messages"));
+        Check(engine.RenderChat(messages) == prompt, "the chat format");
+        Check(engine.Generate(messages, options) == expected && string.Concat(engine.Stream(messages, options)) == expected, "a conversation");
         using (var cancellation = new CancellationTokenSource())
         {
             var got = new List<string>();

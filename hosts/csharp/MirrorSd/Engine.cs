@@ -76,29 +76,32 @@ namespace MirrorSd
             }
         }
 
+        /// <summary>Begins an answer to a conversation, in the model's chat format; see <see cref="RenderChat"/>.</summary>
+        public Answer Start(IEnumerable<Message> messages, GenerateOptions options = null)
+        {
+            using (var memory = new NativeMemory())
+            {
+                var given = (options ?? new GenerateOptions()).ToNative(memory);
+                var listed = Message.ToNative(messages, memory);
+                var count = (UIntPtr)listed.Length;
+                Interop.Check(Native.mirror_answer_start_chat(_handle, listed, count, ref given, out var answer));
+                return new Answer(answer);
+            }
+        }
+
         /// <summary>Answers a text piece by piece. Leaving the loop early ends the answer.</summary>
         /// <param name="prompt">The whole prompt.</param>
         /// <param name="options">Choices for this answer.</param>
         /// <param name="cancellation">Ends the answer after the round under way.</param>
         /// <exception cref="OperationCanceledException">It was cancelled; what was committed has been given.</exception>
         public IEnumerable<string> Stream(
-            string prompt, GenerateOptions options = null, CancellationToken cancellation = default)
-        {
-            using (var answer = Start(prompt, options))
-            using (cancellation.Register(Cancel))
-            {
-                // A token that was cancelled before the answer began has done its call already.
-                cancellation.ThrowIfCancellationRequested();
-                foreach (var piece in answer)
-                {
-                    if (piece.Text.Length > 0)
-                    {
-                        yield return piece.Text;
-                    }
-                }
-                cancellation.ThrowIfCancellationRequested();
-            }
-        }
+            string prompt, GenerateOptions options = null, CancellationToken cancellation = default) =>
+            Pieces(() => Start(prompt, options), cancellation);
+
+        /// <summary>Answers a conversation piece by piece; see the other overload.</summary>
+        public IEnumerable<string> Stream(
+            IEnumerable<Message> messages, GenerateOptions options = null, CancellationToken cancellation = default) =>
+            Pieces(() => Start(messages, options), cancellation);
 
         /// <summary>Answers a text.</summary>
         public string Generate(string prompt, GenerateOptions options = null)
@@ -106,6 +109,36 @@ namespace MirrorSd
             using (var answer = Start(prompt, options))
             {
                 return answer.Run().Text;
+            }
+        }
+
+        /// <summary>Answers a conversation.</summary>
+        public string Generate(IEnumerable<Message> messages, GenerateOptions options = null)
+        {
+            using (var answer = Start(messages, options))
+            {
+                return answer.Run().Text;
+            }
+        }
+
+        /// <summary>A conversation in the model's chat format, special tokens included, ending where the assistant's
+        /// answer begins: an optional system message, then user and assistant in turn, the user last.</summary>
+        /// <exception cref="MirrorException">The bundle has no such format, or it doesn't cover the messages.</exception>
+        public string RenderChat(IEnumerable<Message> messages)
+        {
+            using (var memory = new NativeMemory())
+            {
+                var listed = Message.ToNative(messages, memory);
+                Interop.Check(Native.mirror_engine_render_chat(
+                    _handle, listed, (UIntPtr)listed.Length, out var text, out var length));
+                try
+                {
+                    return Interop.TextAt(text, (int)length);
+                }
+                finally
+                {
+                    Native.mirror_text_free(text);
+                }
             }
         }
 
@@ -147,6 +180,24 @@ namespace MirrorSd
 
         /// <summary>Lets the bundle go. An answer that is still being made ends as cancelled.</summary>
         public void Dispose() => _handle.Dispose();
+
+        private IEnumerable<string> Pieces(Func<Answer> start, CancellationToken cancellation)
+        {
+            using (var answer = start())
+            using (cancellation.Register(Cancel))
+            {
+                // A token that was cancelled before the answer began has done its call already.
+                cancellation.ThrowIfCancellationRequested();
+                foreach (var piece in answer)
+                {
+                    if (piece.Text.Length > 0)
+                    {
+                        yield return piece.Text;
+                    }
+                }
+                cancellation.ThrowIfCancellationRequested();
+            }
+        }
 
         private Native.Facts Describe()
         {

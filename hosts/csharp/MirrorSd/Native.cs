@@ -53,6 +53,14 @@ namespace MirrorSd
         }
 
         [StructLayout(LayoutKind.Sequential)]
+        internal struct Message
+        {
+            public IntPtr Role;
+            public IntPtr Content;
+            public UIntPtr ContentLength;
+        }
+
+        [StructLayout(LayoutKind.Sequential)]
         internal struct Piece
         {
             public IntPtr Tokens;
@@ -203,6 +211,15 @@ namespace MirrorSd
         [DllImport(Library)]
         internal static extern IntPtr mirror_answer_start_text(
             EngineHandle engine, byte[] text, UIntPtr length, ref GenerateOptions options, out AnswerHandle answer);
+
+        [DllImport(Library)]
+        internal static extern IntPtr mirror_engine_render_chat(
+            EngineHandle engine, [In] Message[] messages, UIntPtr count, out IntPtr text, out UIntPtr length);
+
+        [DllImport(Library)]
+        internal static extern IntPtr mirror_answer_start_chat(
+            EngineHandle engine, [In] Message[] messages, UIntPtr count, ref GenerateOptions options,
+            out AnswerHandle answer);
 
         [DllImport(Library)]
         internal static extern IntPtr mirror_answer_next(AnswerHandle answer, out Piece piece, out int more);

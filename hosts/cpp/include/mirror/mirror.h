@@ -39,7 +39,7 @@ extern "C" {
 
 /* Raised when something is added; functions are never taken away or changed under the same major number. */
 #define MIRROR_API_MAJOR 1
-#define MIRROR_API_MINOR 0
+#define MIRROR_API_MINOR 1
 
 /* The version that the library was built with: major * 1000 + minor. */
 MIRROR_API uint32_t mirror_api_version(void);
@@ -154,6 +154,19 @@ MIRROR_API mirror_status* mirror_engine_decode(mirror_engine* engine, const int6
                                                size_t* length);
 MIRROR_API void mirror_text_free(char* text);
 
+/* One message of a conversation. */
+typedef struct mirror_message {
+  const char* role;    /* system, user or assistant; zero-terminated */
+  const char* content; /* UTF-8 */
+  size_t content_length;
+} mirror_message;
+
+/* Messages in the model's chat format, ending where the assistant's answer begins: an optional system message, then
+ * user and assistant in turn, the user last. MIRROR_REQUEST where the bundle has no such format, or it doesn't cover
+ * them. The text brings its special tokens. Since 1.1. Free *text with mirror_text_free. */
+MIRROR_API mirror_status* mirror_engine_render_chat(mirror_engine* engine, const mirror_message* messages, size_t count,
+                                                    char** text, size_t* length);
+
 /* Answers. */
 
 typedef struct mirror_answer mirror_answer;
@@ -183,6 +196,10 @@ MIRROR_API void mirror_generate_options_init(mirror_generate_options* options);
 MIRROR_API mirror_status* mirror_answer_start_tokens(mirror_engine* engine, const int64_t* tokens, size_t count,
                                                      const mirror_generate_options* options, mirror_answer** answer);
 MIRROR_API mirror_status* mirror_answer_start_text(mirror_engine* engine, const char* text, size_t length,
+                                                   const mirror_generate_options* options, mirror_answer** answer);
+
+/* The same for a conversation, as mirror_engine_render_chat renders it. Since 1.1. */
+MIRROR_API mirror_status* mirror_answer_start_chat(mirror_engine* engine, const mirror_message* messages, size_t count,
                                                    const mirror_generate_options* options, mirror_answer** answer);
 
 /* What one round committed. Valid until the next call with this answer. */

@@ -44,6 +44,12 @@ struct GenerateOptions : mirror_generate_options {
   std::vector<std::string> stop_strings;
 };
 
+// One message of a conversation; `role` is system, user or assistant.
+struct Message {
+  std::string role, content;
+};
+using Messages = std::vector<Message>;
+
 // What one round committed.
 struct Piece {
   Tokens tokens;
@@ -145,7 +151,14 @@ class Engine {
     engine_.reset(made);
   }
 
-  // Begins an answer to a UTF-8 text, or to token ids.
+  // Begins an answer to a conversation, to a UTF-8 text, or to token ids.
+  Answer answer(const Messages& messages, const GenerateOptions& options = {}) {
+    const Prepared given(options);
+    const auto list = listed(messages);
+    mirror_answer* made = nullptr;
+    check(mirror_answer_start_chat(engine_.get(), list.data(), list.size(), &given.options, &made));
+    return Answer(made);
+  }
   Answer answer(std::string_view text, const GenerateOptions& options = {}) {
     const Prepared given(options);
     mirror_answer* made = nullptr;
@@ -161,6 +174,16 @@ class Engine {
 
   // Stops the answer being made, from any thread.
   void cancel() noexcept { mirror_engine_cancel(engine_.get()); }
+
+  // A conversation in the model's chat format, special tokens included.
+  std::string render_chat(const Messages& messages) {
+    const auto list = listed(messages);
+    char* found = nullptr;
+    std::size_t length = 0;
+    check(mirror_engine_render_chat(engine_.get(), list.data(), list.size(), &found, &length));
+    const std::unique_ptr<char, void (*)(char*)> owner(found, mirror_text_free);
+    return std::string(found, length);
+  }
 
   Tokens encode(std::string_view text, bool add_special_tokens = true) {
     std::int64_t* found = nullptr;
@@ -179,6 +202,14 @@ class Engine {
   }
 
  private:
+  // In C's form, as long as `messages` live.
+  static std::vector<mirror_message> listed(const Messages& messages) {
+    std::vector<mirror_message> list;
+    for (const Message& message : messages)
+      list.push_back({message.role.c_str(), message.content.data(), message.content.size()});
+    return list;
+  }
+
   // Options whose stop strings are in C's form, as long as a call lasts.
   struct Prepared {
     explicit Prepared(const GenerateOptions& given) : options(given) {
