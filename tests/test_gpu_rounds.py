@@ -1,8 +1,114 @@
-"""What the GPU's own record of its kernels says about overlap."""
+"""Modes beside each other over one target: what is compared, what is shared, and what overlapped."""
 
 from __future__ import annotations
 
-from mirror.bench.gpu_rounds import merge, overlap, streams_of
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from mirror.bench import gpu_overlap, gpu_rounds, gpu_sweep
+from mirror.bench.gpu_budget import merge
+from mirror.bench.gpu_rounds import overlap, streams_of
+from mirror.bench.gpu_shared import SharedDevice
+from mirror.bundle import read_manifest
+from mirror.targets.base import LoadRequest, PassShape
+from mirror.targets.cpu import CpuDevice
+from tests.lookup import Lookup, LookupBundle, agreeing_table, random_table, write_bundle
+
+VOCAB, ROWS = 23, 97
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = Lookup(random_table(1, ROWS, VOCAB))
+    spec = LookupBundle(target, Lookup(agreeing_table(target.table, 0.8, 2)), random_table(3, ROWS, VOCAB))
+    folder = write_bundle(tmp_path_factory.mktemp("rounds") / "bundle", spec)
+    tokenizer = Tokenizer(models.WordLevel({chr(97 + i): i for i in range(VOCAB)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    lines = [(1, "writing", "abc"), (2, "math", "xyz"), (3, "qa", "hello"), (4, "qa", "what"), (5, "qa", "why")]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question_id": n, "category": c, "turns": [t]}) + "\n" for n, c, t in lines))
+    return path
+
+
+def test_arms_answer_the_same_questions_over_one_target(bundle: Path, questions: Path, tmp_path: Path) -> None:
+    out, traces = tmp_path / "rounds.json", tmp_path / "traces"
+    options = ["--target-device", "cpu", "--draft-device", "cpu", "--tokens", "40", "--max-length", "64"]
+    files = ["--questions", str(questions), "--per-category", "2", "--traces", str(traces), "--out", str(out)]
+    run = CliRunner().invoke(
+        gpu_rounds.main, [str(bundle), *options, *files, "--temperature", "0", "--temperature", "1"]
+    )
+    assert run.exit_code == 0, run.output
+    found = json.loads(out.read_text())
+    assert found["questions"]["numbers"] == [1, 2, 3, 4]  # two of each category, MT-bench's kinds being one
+    assert [row["arm"] for row in found["rows"]] == ["plain", "serial + cpu", "mirror + cpu"] * 2
+    assert [row["temperature"] for row in found["rows"]] == [0.0] * 3 + [1.0] * 3
+    assert all(row["same_text"] for row in found["rows"])
+    plain, serial, mirror = found["rows"][:3]
+    assert set(mirror["over_plain"]["by_category"]) == {"mt_bench", "qa"}
+    assert plain["over_plain"]["mean_over_categories"] == 1.0
+    assert mirror["tokens_per_round"] == serial["tokens_per_round"] > plain["tokens_per_round"] == 1.0
+    assert mirror["reuse_rate"] > 0.2
+    assert found["memory"][0]["foreseen_bytes"]["cpu"]["target_prefix"]["weights"] > 0
+    for row in found["rows"]:
+        goes = row["where_time_goes_ms"]
+        terms = sum(part for name, part in goes.items() if name not in ("round", "draft", "draft_hidden"))
+        assert terms == pytest.approx(goes["round"])
+    trace = json.loads((traces / "mirror-cpu-t0.json").read_text())
+    assert {event["name"] for event in trace["traceEvents"]} > {"prefix", "suffix", "exit_head", "trunk", "rollout"}
+
+
+def test_a_variant_is_one_changed_setting(bundle: Path, questions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep.json"
+    options = ["--target-device", "cpu", "--draft-device", "cpu", "--tokens", "40", "--questions", str(questions)]
+    changes = ["--gamma", "1", "--fanout", "1,0,0,0", "--source", "exit"]
+    run = CliRunner().invoke(gpu_sweep.main, [str(bundle), *options, *changes, "--out", str(out)])
+    assert run.exit_code == 0, run.output
+    rows = {row["what"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["plain", "as the bundle says", "gamma", "fanout", "candidates"]
+    assert all(row["same_text"] for row in rows.values())
+    assert rows["gamma"]["tokens_per_round"] <= 2 < rows["as the bundle says"]["tokens_per_round"]
+    assert rows["fanout"]["branches_per_round"] == 1
+    assert rows["fanout"]["reuse_rate"] < rows["as the bundle says"]["reuse_rate"]
+    bad = CliRunner().invoke(gpu_sweep.main, [str(bundle), *options, "--fanout", "8;4", "--out", str(out)])
+    assert "'8;4' is no list of numbers; write them like 8,4,2,1" in bad.output
+
+
+def test_step_and_rollout_run_alone_and_at_once(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "overlap.json"
+    options = ["--target-device", "cpu", "--draft-device", "cpu", "--context", "20", "--max-length", "64"]
+    run = CliRunner().invoke(gpu_overlap.main, [str(bundle), *options, "--out", str(out)])
+    assert run.exit_code == 0, run.output
+    (found,) = json.loads(out.read_text())["rows"]
+    assert found["hidden"] == 1 - (found["both_ms"] - found["step_ms"]) / found["rollout_ms"]
+    assert found["both_ms"] >= found["step_beside_ms"] > 0
+    assert 0 <= found["device_overlap"] <= 1
+
+
+def test_a_shared_device_loads_a_segment_once(bundle: Path) -> None:
+    manifest, device = read_manifest(bundle), SharedDevice(CpuDevice())
+    requests = [
+        LoadRequest(bundle, manifest.segments[name], [PassShape(width)], 64, 1)
+        for name, width in (("target_prefix", 4), ("target_prefix", 4), ("target_prefix", 2), ("target_suffix", 4))
+    ]
+    first, again, narrow, other = (device.load_segment(request) for request in requests)
+    assert first is again
+    assert len({id(first), id(narrow), id(other)}) == 3
+    layers = manifest.segments["target_prefix"].kv
+    assert device.make_cache(layers, 64) is device.make_cache(layers, 64)
+    assert device.make_cache(layers, 64) is not device.make_cache(layers, 32)
+
+
+# --- what the GPU did -------------------------------------------------------------------------------
 
 
 def _kernel(stream: int, start_us: float, duration_us: float, cat: str = "kernel") -> dict[str, object]:

@@ -1,6 +1,6 @@
 """A target's verification step on a GPU over its floor: the time in which its weights can be read at all.
 
-    python -m mirror.bench.gpu_floor BUNDLE --device cuda:0 --out docs/results/floor-14b.json
+    python -m mirror.bench.gpu_floor BUNDLE --out docs/results/gpu-floor-14b.json
 
 The step is prefix, exit head and suffix at the width of a window: launched one after the other until the GPU
 is done, each alone, and with candidates and logits brought to the host, as the engine runs it. The floor is the
@@ -22,11 +22,12 @@ import click
 import numpy as np
 import onnx
 
+from mirror.bench.gpu_shared import SharedDevice
 from mirror.bench.provenance import gpu_name, provenance
 from mirror.bundle import Form, Manifest, read_manifest
 from mirror.runtime.feeds import FeedPool
 from mirror.targets import open_device
-from mirror.targets.base import Device, KVCache, LoadedSegment, PassShape, Tensor, to_host
+from mirror.targets.base import Device, KVCache, LoadedSegment, LoadRequest, PassShape, Tensor, to_host
 
 SEGMENTS = ("target_prefix", "exit_head", "target_suffix")
 _WARM, _REPEATS = 8, 40
@@ -40,11 +41,13 @@ class StepTimes:
 
     Attributes:
         context: tokens before the window.
+        max_length: tokens that the cache has room for; kernels may look at all its slots.
         device_ms: the three segments launched one after the other, until the GPU is done.
         engine_ms: the same with candidates and logits read on the host.
     """
 
     context: int
+    max_length: int
     prefix_ms: float
     exit_head_ms: float
     suffix_ms: float
@@ -56,8 +59,9 @@ class StepTimes:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--device", "index", default=0, show_default=True, help="The GPU's number.")
 @click.option("--contexts", default="100,500,1500", show_default=True, help="Context lengths, comma-separated.")
+@click.option("--max-length", "max_lengths", multiple=True, type=int, help="The cache's; the bundle's, if not given.")
 @click.option("--out", type=click.Path(path_type=Path), default=None)
-def main(bundle: Path, index: int, contexts: str, out: Path | None) -> None:
+def main(bundle: Path, index: int, contexts: str, max_lengths: Sequence[int], out: Path | None) -> None:
     """Time the target of BUNDLE on one GPU."""
     manifest = read_manifest(bundle)
     if manifest.model.precision not in ("fp16", "bf16"):
@@ -65,26 +69,30 @@ def main(bundle: Path, index: int, contexts: str, out: Path | None) -> None:
             f"{bundle} is in {manifest.model.precision}; the floor is that of 16-bit matrices, export it with "
             "--precision fp16"
         )
-    step = load_step(bundle, manifest, open_device(f"cuda:{index}"))
-    result = measure(bundle, manifest, step, [int(context) for context in contexts.split(",")], index)
+    device = SharedDevice(open_device(f"cuda:{index}"))
+    steps = [load_step(bundle, manifest, device, length) for length in max_lengths or [manifest.decoding.max_length]]
+    result = measure(bundle, manifest, steps, [int(context) for context in contexts.split(",")], index)
     for item in result["steps"]:
         click.echo(f"{item['device_over_floor']:.3f} of a floor of {result['floor_ms']:.2f} ms: {item}")
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(bundle: Path, manifest: Manifest, step: Step, contexts: Sequence[int], index: int) -> dict[str, Any]:
-    """Return a step's times after some contexts, its floor, and where they come from."""
-    times = [step.times(context) for context in contexts]
+def measure(
+    bundle: Path, manifest: Manifest, steps: Sequence[Step], contexts: Sequence[int], index: int
+) -> dict[str, Any]:
+    """Return the times of steps after the contexts that fit, their floor, and where they come from."""
+    times = [step.times(context) for step in steps for context in contexts if context <= step.max_length]
+    width = manifest.decoding.gamma + 1
     matrices = [shape for name in SEGMENTS for shape in matrix_shapes(bundle, manifest, name)]
     size = sum(2 * rows * columns for rows, columns in matrices)
-    bandwidth = gemm_bytes_per_s(matrices, step.width)
+    bandwidth = gemm_bytes_per_s(matrices, width)
     floor_ms = 1e3 * size / bandwidth
     return {
         **provenance("mirror.bench.gpu_floor"),
         "gpu": gpu_name(index),
         "bundle": {"name": bundle.name, "precision": manifest.model.precision, "layers": manifest.model.layers},
-        "width": step.width,
+        "width": width,
         "weight_bytes": size,
         "gemm_bytes_per_s": bandwidth,
         "floor_ms": floor_ms,
@@ -95,9 +103,15 @@ def measure(bundle: Path, manifest: Manifest, step: Step, contexts: Sequence[int
 class Step:
     """The target's segments on one GPU, at the width of a window."""
 
-    def __init__(self, loaded: Mapping[str, tuple[LoadedSegment, KVCache | None]], pool: FeedPool, width: int) -> None:
+    def __init__(
+        self,
+        loaded: Mapping[str, tuple[LoadedSegment, KVCache | None]],
+        pool: FeedPool,
+        width: int,
+        max_length: int,
+    ) -> None:
         """Take the segments by name, each with its cache if it has one."""
-        self.width = width
+        self.width, self.max_length = width, max_length
         self._loaded = loaded
         self._pool = pool
 
@@ -125,19 +139,21 @@ class Step:
 
         given["hidden_states"] = run("target_prefix")["hidden_states"]
         prefix, head, suffix = (_median_ms(functools.partial(run, name), wait) for name in SEGMENTS)
-        return StepTimes(context, prefix, head, suffix, _median_ms(launch, wait), _median_ms(as_engine, wait))
+        return StepTimes(
+            context, self.max_length, prefix, head, suffix, _median_ms(launch, wait), _median_ms(as_engine, wait)
+        )
 
 
-def load_step(bundle: Path, manifest: Manifest, device: Device) -> Step:
-    """Load the target of a bundle on a device."""
+def load_step(bundle: Path, manifest: Manifest, device: Device, max_length: int) -> Step:
+    """Load the target of a bundle on a device, with a cache for so many tokens."""
     width = manifest.decoding.gamma + 1
-    capacity = manifest.decoding.max_length + width
+    capacity = max_length + width
     loaded: dict[str, tuple[LoadedSegment, KVCache | None]] = {}
     for name in SEGMENTS:
         segment = manifest.segments[name]
-        part = device.load_segment(bundle, segment, capacity=capacity, shapes=[PassShape(width)], threads=1)
+        part = device.load_segment(LoadRequest(bundle, segment, [PassShape(width)], capacity, 1))
         loaded[name] = part, device.make_cache(segment.kv, capacity) if segment.kv else None
-    return Step(loaded, FeedPool(capacity, manifest.model.max_positions), width)
+    return Step(loaded, FeedPool(capacity, manifest.model.max_positions), width, max_length)
 
 
 def _median_ms(run: Callable[[], object], wait: Callable[[], None]) -> float:

@@ -1,10 +1,15 @@
-"""Modes beside each other on a GPU, in one engine, with what the GPU itself did and when.
+"""Modes beside each other over one target, on a benchmark's questions, with what the devices did and when.
 
-    python -m mirror.bench.gpu_rounds BUNDLE --draft-device cuda:0 --out docs/results/rounds-14b.json
+    python -m mirror.bench.gpu_rounds BUNDLE --questions spec_bench.jsonl --per-category 4 \
+        --draft-device cuda:0 --draft-device openvino:CPU --out docs/results/rounds-14b.json
 
-One engine per draft device holds the target once; its modes take turns, prompt by prompt. Texts are compared
-before any speed is printed. What overlapped is read from the GPU's own record of its kernels (CUPTI, through
-torch's profiler), stream by stream, in rounds that are not timed.
+The target is loaded once; each draft device has an engine over it. All arms (plain; serial and mirror with each draft
+device) answer a question before the next one comes. Texts are compared before any speed is printed. A category's speed
+is its tokens over its rounds' time, so the prompt's pass is left out; ratios are to plain, category by category, and
+the mean is over categories. Without `--questions` the project's own prompts serve.
+
+Afterwards each arm answers a few questions with the devices' own clocks running (not counted in any speed): where a
+round's time goes, and traces that `mirror.bench.timeline` draws.
 """
 
 from __future__ import annotations
@@ -13,66 +18,115 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 
-import mirror
+from mirror.bench.gpu_budget import Interval, by_devices, length, merge, where_time_goes
+from mirror.bench.gpu_clock import PassClock, Ran
+from mirror.bench.gpu_devices import open_watched
+from mirror.bench.gpu_shared import SharedDevice
 from mirror.bench.prompts import load_prompts
 from mirror.bench.provenance import gpu_name, provenance
+from mirror.bench.questions import Question, read_questions
+from mirror.bundle import Manifest, read_manifest
+from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.engine import Engine
+from mirror.runtime.loading import Placement, memory_needs
+from mirror.runtime.options import EngineOptions
+from mirror.runtime.records import Lane, Mode, Round
 from mirror.runtime.result import Result
+from mirror.runtime.statistics import PromptFacts, summarise
+from mirror.runtime.trace import chrome_trace
+from mirror.targets import free_memory
+from mirror.targets.base import Device
 
-MODES = ("plain", "serial", "mirror")
 TERMS = ("round_ms", "prefix_ms", "exit_head_ms", "suffix_ms", "trunk_ms", "rollout_ms", "propose_ms")
 WAITS = ("candidate_wait_ms", "rollout_wait_ms", "redraft_ms", "host_ms")
-RATES = ("tokens_per_round", "acceptance_rate", "reuse_rate", "draft_hidden", "decode_tokens_per_s")
+RATES = ("tokens_per_round", "acceptance_rate", "reuse_rate", "branches_per_round")
+_WATCHED_QUESTIONS = 3
+_PROFILED_TOKENS = 24
+_WARM_TOKENS = 24
 
-Interval = tuple[float, float]
+
+@dataclass(frozen=True)
+class Asked:
+    """What every answer of a run has in common."""
+
+    tokens: int
+    temperature: float
 
 
 @dataclass
 class Arm:
-    """What one mode did: results by turn."""
+    """One mode with one draft device: an engine and what it answered, question by question, turn by turn.
 
-    mode: str
-    turns: list[list[Result]] = field(default_factory=list)
+    Attributes:
+        most: draft tokens of a window at most; None means the engine's gamma.
+    """
 
-    def speed(self, turn: int) -> float:
-        """Return tokens/s of one turn, over the rounds of all its prompts."""
-        rounds = [item for result in self.turns[turn] for item in result.rounds]
-        return sum(item.committed for item in rounds) / sum(item.end_s - item.start_s for item in rounds)
+    mode: Mode
+    draft_device: str
+    engine: Engine
+    most: int | None = None
+    answers: list[list[Result]] = field(default_factory=list)
 
-    def mean(self, name: str) -> float | None:
-        """Return the mean of a statistic over the results that have it."""
-        found = [getattr(result.statistics, name) for turn in self.turns for result in turn]
-        known = [value for value in found if value is not None]
-        return statistics.fmean(known) if known else None
+    @property
+    def name(self) -> str:
+        """Mode and draft device in one word."""
+        return self.mode.value if self.mode is Mode.PLAIN else f"{self.mode.value} + {self.draft_device}"
+
+    @property
+    def rounds(self) -> list[Round]:
+        """The rounds of all answers."""
+        return [item for turns in self.answers for result in turns for item in result.rounds]
+
+    def answer(self, question: Question, asked: Asked) -> Result:
+        """Answer a question; nothing is noted."""
+        return self.engine.generate(
+            question.text,
+            max_new_tokens=asked.tokens,
+            temperature=asked.temperature,
+            seed=1,
+            mode=self.mode,
+            num_assistant_tokens=self.most,
+        )
 
     def round_ms(self, *, reused: bool) -> float | None:
-        """Return the median time of rounds that began with a window that was ready, or of the others."""
-        times = []
-        for result in (result for turn in self.turns for result in turn):
-            for before, item in zip(result.rounds, result.rounds[1:], strict=False):
-                if (before.reused is True) is reused:
-                    times.append(1e3 * (item.end_s - item.start_s))
+        """Return the median time of rounds whose window was ready when they began, or of those that redrafted."""
+        times = [
+            1e3 * (item.end_s - item.start_s)
+            for turns in self.answers
+            for result in turns
+            for before, item in pairwise(result.rounds)
+            if before.reused is reused
+        ]
         return statistics.median(times) if times else None
+
+
+def tokens_per_s(rounds: Iterable[Round]) -> float:
+    """Return committed tokens over the time of their rounds."""
+    listed = list(rounds)
+    return sum(item.committed for item in listed) / sum(item.end_s - item.start_s for item in listed)
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target-device", default="cuda:0", show_default=True)
 @click.option("--draft-device", "draft_devices", multiple=True, default=["cuda:0"], show_default=True)
-@click.option("--candidates", default=None)
+@click.option("--candidates", type=click.Choice([source.value for source in CandidateSource]), default=None)
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0], show_default=True)
-@click.option("--prompts", "prompt_count", default=6, show_default=True)
+@click.option("--questions", "questions_file", type=click.Path(path_type=Path), default=None)
+@click.option("--per-category", default=4, show_default=True)
 @click.option("--tokens", default=64, show_default=True)
-@click.option("--repeats", default=3, show_default=True)
-@click.option("--profile/--no-profile", default=True, show_default=True, help="Record the GPU's kernels too.")
-@click.option("--traces", type=click.Path(path_type=Path), default=None, help="Folder for a trace of each mode.")
+@click.option("--repeats", default=1, show_default=True, help="Turns over each question.")
+@click.option("--max-length", type=int, default=None, help="The bundle's, if not given.")
+@click.option("--profile/--no-profile", default=False, help="Record the GPU's kernels too.")
+@click.option("--traces", type=click.Path(path_type=Path), default=None, help="Folder for a trace of each arm.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
     bundle: Path,
@@ -80,97 +134,190 @@ def main(
     draft_devices: Sequence[str],
     candidates: str | None,
     temperatures: Sequence[float],
-    prompt_count: int,
+    questions_file: Path | None,
+    per_category: int,
     tokens: int,
     repeats: int,
+    max_length: int | None,
     profile: bool,
     traces: Path | None,
     out: Path,
 ) -> None:
     """Measure the modes of BUNDLE."""
-    prompts = [prompt.text for prompt in load_prompts()]
-    chosen = prompts[:: max(1, len(prompts) // prompt_count)][:prompt_count]
-    facts = {**provenance("mirror.bench.gpu_rounds"), "gpu": gpu_name(0), "bundle": bundle.name}
+    manifest, clock = read_manifest(bundle), PassClock()
+    source = None if candidates is None else CandidateSource(candidates)
+    options = EngineOptions(max_length=max_length, candidates=source, pinned=True, mode=Mode.MIRROR)
+    target = SharedDevice(open_watched(target_device, clock, Lane.TARGET))
+    arms, memory = load_arms(bundle, manifest, options, target, draft_devices, clock)
+    questions = own_questions(per_category) if questions_file is None else read_questions(questions_file, per_category)
+    facts = {
+        **provenance("mirror.bench.gpu_rounds"),
+        "gpu": gpu_name(0),
+        "bundle": bundle.name,
+        "questions": {"count": len(questions), "numbers": [question.number for question in questions]},
+        "memory": memory,
+    }
     rows: list[dict[str, Any]] = []
-    for draft_device in draft_devices:
-        with mirror.load(
-            bundle,
-            mode="mirror",
-            pinned=True,
-            target_device=target_device,
-            draft_device=draft_device,
-            candidates=candidates,
-        ) as engine:
-            for temperature in temperatures:
-                where = {"draft_device": draft_device, "temperature": temperature}
-                arms = _turns(engine, chosen, tokens, repeats, temperature)
-                for arm in arms:
-                    rows.append({**where, **_row(arm, arms[0])})
-                    click.echo(json.dumps(_rounded(rows[-1])))
-                    if traces is not None and not temperature:
-                        _write_trace(traces, f"{arm.mode}-{draft_device.replace(':', '')}", arm.turns[-1][0])
-                _write(out, facts, rows)
-                for arm, row in zip(arms, rows[-len(arms) :], strict=True):
-                    if profile:
-                        row["kernels"] = _recorded(engine, chosen[0], tokens, temperature, arm.mode)
-                        click.echo(json.dumps({arm.mode: _rounded(row["kernels"])}))
-                _write(out, facts, rows)
+    for temperature in temperatures:
+        asked = Asked(tokens, temperature)
+        compare(arms, questions, asked, repeats)
+        rows += [{"temperature": temperature, **row(arm, arms[0], questions)} for arm in arms]
+        _say_rows(rows[-len(arms) :])
+        _write(out, facts, rows)
+        for arm, entry in zip(arms, rows[-len(arms) :], strict=True):
+            entry |= watch(arm, questions[:_WATCHED_QUESTIONS], asked, clock, traces)
+            if profile:
+                entry["kernels"] = _recorded(arm, questions[0], asked)
+            click.echo(json.dumps({arm.name: _rounded(entry["where_time_goes_ms"])}))
+            _write(out, facts, rows)
+    for arm in arms:
+        arm.engine.close()
+
+
+def own_questions(per_kind: int) -> tuple[Question, ...]:
+    """Return the project's own prompts as questions."""
+    return tuple(Question(number, item.kind, item.text) for number, item in enumerate(load_prompts(per_kind)))
+
+
+def load_arms(
+    bundle: Path,
+    manifest: Manifest,
+    options: EngineOptions,
+    target: Device,
+    draft_devices: Sequence[str],
+    clock: PassClock,
+) -> tuple[list[Arm], list[dict[str, Any]]]:
+    """Return the arms over one target, plain first, and what each engine's loading took of its devices' memory."""
+    arms: list[Arm] = []
+    memory = []
+    for name in draft_devices:
+        draft = open_watched(name, clock, Lane.DRAFT)
+        before = free_memory(target.name).bytes
+        engine = Engine(bundle, manifest, options, target, draft)
+        needs = memory_needs(bundle, manifest, Placement(target, target, draft), engine.plan)
+        arms += [Arm(Mode.PLAIN, name, engine)] if not arms else []
+        arms += [Arm(Mode.SERIAL, name, engine), Arm(Mode.MIRROR, name, engine)]
+        memory.append(
+            {
+                "draft_device": name,
+                "target_device_free_bytes": {"before": before, "after": free_memory(target.name).bytes},
+                "foreseen_bytes": {
+                    device: {item.name: {"weights": item.weight_bytes, "cache": item.cache_bytes} for item in items}
+                    for device, items in needs.items()
+                },
+            }
+        )
+    return arms, memory
+
+
+def compare(arms: Sequence[Arm], questions: Sequence[Question], asked: Asked, repeats: int) -> None:
+    """Let every arm answer every question, in turns; answers before these are forgotten."""
+    for arm in arms:
+        arm.answers = [[] for _ in questions]
+        for _ in range(2):  # plans, recordings, compiled shapes
+            arm.answer(questions[0], Asked(_WARM_TOKENS, asked.temperature))
+    for turn in range(repeats):
+        for number, question in enumerate(questions):
+            for arm in arms:
+                arm.answers[number].append(arm.answer(question, asked))
+        click.echo(f"turn {turn + 1} of {repeats}", err=True)
+
+
+def row(arm: Arm, plain: Arm, questions: Sequence[Question]) -> dict[str, Any]:
+    """Return what an arm did, beside the plain one."""
+    ratios = _ratios(arm, plain, questions)
+    by_question = sorted(
+        tokens_per_s(_rounds(mine)) / tokens_per_s(_rounds(theirs))
+        for mine, theirs in zip(arm.answers, plain.answers, strict=True)
+        if _rounds(mine) and _rounds(theirs)
+    )
+    facts = summarise(PromptFacts(0, 0, 0, None, 0), arm.rounds)
+    first = [turns[0].tokens for turns in plain.answers]
+    return {
+        "arm": arm.name,
+        "same_text": all(
+            result.tokens == tokens for turns, tokens in zip(arm.answers, first, strict=True) for result in turns
+        ),
+        "events": sorted({event.message for turns in arm.answers for result in turns for event in result.events}),
+        "tokens_per_s": tokens_per_s(arm.rounds),
+        "over_plain": {
+            "mean_over_categories": statistics.fmean(ratios.values()),
+            "by_category": ratios,
+            "by_question": {"low": by_question[0], "median": statistics.median(by_question), "high": by_question[-1]},
+        },
+        "rounds": len(arm.rounds),
+        "median_round_ms": statistics.median(1e3 * (item.end_s - item.start_s) for item in arm.rounds),
+        "round_after_reuse_ms": arm.round_ms(reused=True),
+        "round_after_redraft_ms": arm.round_ms(reused=False),
+        **{name: getattr(facts, name) for name in (*RATES, *TERMS, *WAITS)},
+    }
+
+
+def _rounds(results: Iterable[Result]) -> list[Round]:
+    return [item for result in results for item in result.rounds]
+
+
+def _ratios(arm: Arm, plain: Arm, questions: Sequence[Question]) -> dict[str, float]:
+    """Return an arm's speed over plain's, by category."""
+    return {
+        category: _speed(arm, questions, category) / _speed(plain, questions, category)
+        for category in dict.fromkeys(question.category for question in questions)
+    }
+
+
+def _speed(arm: Arm, questions: Sequence[Question], category: str) -> float:
+    chosen = [turns for turns, question in zip(arm.answers, questions, strict=True) if question.category == category]
+    return tokens_per_s(item for turns in chosen for item in _rounds(turns))
+
+
+def watch(
+    arm: Arm, questions: Sequence[Question], asked: Asked, clock: PassClock, traces: Path | None
+) -> dict[str, Any]:
+    """Return where the time of an arm's rounds goes, by the devices' clocks; write the first answer's trace."""
+    rounds: list[Round] = []
+    ran: list[Ran] = []
+    for question in questions:
+        clock.start()
+        result = arm.answer(question, asked)
+        passes = clock.take()
+        if traces is not None and question is questions[0]:
+            _write_trace(traces, arm, asked, result, by_devices(result.rounds, passes))
+        rounds += result.rounds
+        ran += passes
+    return {"where_time_goes_ms": where_time_goes(rounds, ran)}
+
+
+def _write_trace(folder: Path, arm: Arm, asked: Asked, result: Result, rounds: Sequence[Round]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = chrome_trace((), rounds, result.devices)
+    name = f"{arm.mode.value}-{arm.draft_device.replace(':', '')}-t{asked.temperature:g}.json"
+    (folder / name).write_text(json.dumps(trace), encoding="utf-8")
 
 
 def _write(out: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_trace(folder: Path, name: str, result: Result) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result.trace()), encoding="utf-8")
+def _say_rows(rows: Iterable[dict[str, Any]]) -> None:
+    for item in rows:
+        click.echo(json.dumps(_rounded(item)))
 
 
-def _turns(engine: Engine, prompts: Sequence[str], tokens: int, repeats: int, temperature: float) -> list[Arm]:
-    """Return the modes' results; the first turn warms up and is left out."""
-    arms = [Arm(mode) for mode in MODES]
-    for turn in range(repeats + 1):
-        for arm in arms:
-            arm.turns.append([_answer(engine, prompt, tokens, temperature, arm.mode) for prompt in prompts])
-        click.echo(f"turn {turn} of {repeats}{' (warm-up)' if turn == 0 else ''}", err=True)
-    for arm in arms:
-        del arm.turns[0]
-    return arms
-
-
-def _answer(engine: Engine, prompt: str, tokens: int, temperature: float, mode: str) -> Result:
-    return engine.generate(prompt, max_new_tokens=tokens, temperature=temperature, seed=1, mode=mode)
-
-
-def _row(arm: Arm, plain: Arm) -> dict[str, Any]:
-    turns = range(len(arm.turns))
-    ratios = sorted(arm.speed(turn) / plain.speed(turn) for turn in turns)
-    first = [result.tokens for result in plain.turns[0]]
-    return {
-        "mode": arm.mode,
-        "same_text": all([result.tokens for result in turn] == first for turn in arm.turns),
-        "events": sorted({event.message for turn in arm.turns for result in turn for event in result.events}),
-        "tokens_per_s": statistics.median(arm.speed(turn) for turn in turns),
-        "over_plain": {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]},
-        "round_after_reuse_ms": arm.round_ms(reused=True),
-        "round_after_redraft_ms": arm.round_ms(reused=False),
-        **{name: arm.mean(name) for name in (*RATES, *TERMS, *WAITS)},
-    }
-
-
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return round(value, 3) if isinstance(value, float) else value
 
 
 # --- what the GPU did -------------------------------------------------------------------------------
 
 
-def _recorded(engine: Engine, prompt: str, tokens: int, temperature: float, mode: str) -> dict[str, Any]:
+def _recorded(arm: Arm, question: Question, asked: Asked) -> dict[str, Any]:
     """Return how long the GPU's streams computed in a short answer, and how much of it at the same time."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorder:
-        result = _answer(engine, prompt, min(tokens, 24), temperature, mode)
+        result = arm.answer(question, Asked(min(asked.tokens, _PROFILED_TOKENS), asked.temperature))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorder.export_chrome_trace(str(path))
@@ -181,11 +328,16 @@ def _recorded(engine: Engine, prompt: str, tokens: int, temperature: float, mode
 def streams_of(events: Iterable[dict[str, Any]]) -> dict[int, list[Interval]]:
     """Return the intervals of each stream's kernels and copies, in us, from a chrome trace's events."""
     streams: dict[int, list[Interval]] = defaultdict(list)
+    for stream, interval in _intervals(events):
+        streams[stream].append(interval)
+    return streams
+
+
+def _intervals(events: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Interval]]:
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             start = float(event["ts"])
-            streams[int(event["args"]["stream"])].append((start, start + float(event["dur"])))
-    return streams
+            yield int(event["args"]["stream"]), (start, start + float(event["dur"]))
 
 
 def overlap(streams: dict[int, list[Interval]]) -> dict[str, Any]:
@@ -203,22 +355,6 @@ def overlap(streams: dict[int, list[Interval]]) -> dict[str, Any]:
         "both_busy_ms": both / 1e3,
         "span_ms": (everything[-1][1] - everything[0][0]) / 1e3,
     }
-
-
-def merge(intervals: Iterable[Interval]) -> list[Interval]:
-    """Return the union of some intervals, ascending and apart."""
-    merged: list[Interval] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def length(intervals: Iterable[Interval]) -> float:
-    """Return the time that intervals apart from each other cover."""
-    return sum(end - start for start, end in intervals)
 
 
 if __name__ == "__main__":

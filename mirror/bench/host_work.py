@@ -18,12 +18,12 @@ from pathlib import Path
 import onnxruntime as ort
 
 from mirror.bench.provenance import provenance
-from mirror.bundle import Segment, read_manifest
+from mirror.bundle import read_manifest
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.engine import Engine, Result
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Lane, Round
-from mirror.targets.base import PassShape
+from mirror.targets.base import LoadRequest
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.onnxruntime_session import OnnxRuntimeSegment
 
@@ -70,18 +70,9 @@ class ClockedCpu(CpuDevice):
         super().__init__()
         self._clock = clock
 
-    def load_segment(
-        self,
-        folder: Path,
-        segment: Segment,
-        *,
-        capacity: int,
-        shapes: Sequence[PassShape],
-        threads: int,
-        later: Sequence[PassShape] = (),
-    ) -> OnnxRuntimeSegment:
+    def load_segment(self, request: LoadRequest) -> OnnxRuntimeSegment:
         """Load a segment whose runs are noted."""
-        loaded = super().load_segment(folder, segment, capacity=capacity, shapes=shapes, threads=threads, later=later)
+        loaded = super().load_segment(request)
         loaded.session = ClockedSession(loaded.session, self._clock)
         return loaded
 

@@ -5,8 +5,8 @@ accepted as far as it is the answer, and the outcome counts as prepared where on
 it. No exit head takes part, so the loss is the draft's alone.
 
 Whole-number graphs run on ONNX Runtime's CPU provider, which computes their scales and rounding as they are written;
-what is float16 on the NPU is float32 there. A few rounds also run on the Hexagon emulator, in its own arithmetic,
-which takes seconds a pass.
+what is float16 on the NPU is float32 there. Some short prompts also run on the Hexagon emulator, in its own
+arithmetic, which takes seconds a pass: to their ends in float16, a round or so each with whole-number weights.
 
     python -m mirror.bench.npu_drafts BUNDLE spec_bench.jsonl docs/results/npu-drafts.json --work FOLDER
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,13 @@ from mirror.runtime.draft import Meeting
 from mirror.runtime.model_draft import ModelDraft
 from mirror.runtime.records import Ints
 from mirror.targets import open_device
-from mirror.targets.base import Device
+from mirror.targets.base import Device, LoadRequest
 from mirror.targets.cpu import CpuDevice
+from mirror.targets.watched import Pass, WatchedDevice, WatchedSegment
 
 _NO_LIMIT = 1 << 30
+_NARROW = 64  # rows
+_SHORT_PROMPT, _SHORT_ANSWER = 160, 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -116,25 +119,42 @@ def measure(bundle: Path, device: Device, texts: Sequence[Text], label: str, mos
 # --- the table ------------------------------------------------------------------------------------
 
 
-def emulate(bundles: Mapping[str, Path], texts: Sequence[Text], most: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield, for each form of the draft, what the emulator proposes beside what the CPU does."""
-    for name, bundle in bundles.items():
-        on_cpu = measure(bundle, CpuDevice(Form.ROWS), texts, f"{name}, the emulator's rounds", most)
-        on_npu = measure(bundle, open_device("qnn:htp"), texts, f"{name}, emulated", most)
-        # One token apart, the rest of a proposal is another text.
-        same = [mine[0] == theirs[0] for mine, theirs in zip(on_cpu.proposals, on_npu.proposals, strict=False)]
-        whole = [mine == theirs for mine, theirs in zip(on_cpu.proposals, on_npu.proposals, strict=False)]
-        yield (
-            name,
-            {
-                "rounds": on_npu.rounds,
-                "tokens_cpu_emulator": [on_cpu.tokens, on_npu.tokens],
-                "prepared_cpu_emulator": [on_cpu.prepared, on_npu.prepared],
-                "same_first_token": round(sum(same) / len(same), 3),
-                "same_proposal": round(sum(whole) / len(whole), 3),
-                "seconds": round(on_npu.seconds, 1),
-            },
-        )
+class _Narrow(WatchedDevice):
+    """A device without the programs of whole rollouts, which no round here gets to, and with those of one branch.
+
+    An emulator takes longer the more rows a pass has, padded ones too.
+    """
+
+    few_shapes = False
+
+    def load_segment(self, request: LoadRequest) -> WatchedSegment:
+        """Load a segment for the narrow ones of its passes."""
+        shapes = [shape for shape in request.shapes if shape.width <= _NARROW]
+        return super().load_segment(dataclasses.replace(request, shapes=shapes))
+
+
+def emulate(bundle: Path, texts: Sequence[Text], label: str, most: int) -> dict[str, Any]:
+    """Return what the emulator proposes beside what the CPU does, `most` rounds of each text at most."""
+    on_cpu = measure(bundle, CpuDevice(Form.ROWS), texts, f"{label}, the emulator's rounds", most)
+    on_npu = measure(bundle, _Narrow(open_device("qnn:htp"), Pass.run), texts, f"{label}, emulated", most)
+    # One token apart, the rest of a proposal is another text, and so may the rounds after it be.
+    pairs = list(zip(on_cpu.proposals, on_npu.proposals, strict=False))
+    return {
+        "prompts": len(texts),
+        **on_npu.to_json(on_cpu),
+        "rounds_cpu": on_cpu.rounds,
+        "tokens_cpu_emulator": [on_cpu.tokens, on_npu.tokens],
+        "prepared_cpu_emulator": [on_cpu.prepared, on_npu.prepared],
+        "same_first_token": round(sum(mine[0] == theirs[0] for mine, theirs in pairs) / len(pairs), 3),
+        "same_proposal": round(sum(mine == theirs for mine, theirs in pairs) / len(pairs), 3),
+    }
+
+
+def shortened(texts: Sequence[Text], count: int) -> list[Text]:
+    """Return some short texts, spread over all kinds, with answers that make few rounds."""
+    short = [text for text in texts if len(text.prompt) <= _SHORT_PROMPT and len(text.answer) >= _SHORT_ANSWER]
+    chosen = short[:: max(1, len(short) // max(count, 1))][:count]
+    return [dataclasses.replace(text, answer=text.answer[:_SHORT_ANSWER]) for text in chosen]
 
 
 @click.command()
@@ -144,8 +164,11 @@ def emulate(bundles: Mapping[str, Path], texts: Sequence[Text], most: int) -> It
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where quantized bundles are made.")
 @click.option("--every", default=20, help="Takes every so many prompts.")
 @click.option("--tokens", default=64, help="Longest answer, in tokens.")
-@click.option("--emulated", default=4, help="Rounds of the first prompt that also run on the emulator; 0 for none.")
-def main(bundle: Path, prompts: Path, result: Path, work: Path, every: int, tokens: int, emulated: int) -> None:
+@click.option("--emulated", default=8, help="Short prompts that also run on the emulator; 0 for none.")
+@click.option("--rounds", default=1, help="Rounds of each of them with whole-number weights, which take longest.")
+def main(
+    bundle: Path, prompts: Path, result: Path, work: Path, every: int, tokens: int, emulated: int, rounds: int
+) -> None:
     """Measure the draft of BUNDLE in every precision on a part of PROMPTS (Spec-Bench's first turns)."""
     lines = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()][::every]
     texts = answers(bundle, [line["turns"][0] for line in lines], tokens)
@@ -166,10 +189,17 @@ def main(bundle: Path, prompts: Path, result: Path, work: Path, every: int, toke
         "cpu": {name: found.to_json(whole["fp32"]) for name, found in whole.items()},
         "emulator": {},
     }
+    _write(result, record)
+    for name, folder in bundles.items() if emulated else ():
+        most = _NO_LIMIT if name == "fp32" else rounds
+        record["emulator"]["float16" if name == "fp32" else name] = emulate(
+            folder, shortened(texts, emulated), name, most
+        )
+        _write(result, record)
+
+
+def _write(result: Path, record: dict[str, Any]) -> None:
     result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for name, row in emulate(bundles, texts[:1], emulated) if emulated else ():
-        record["emulator"][name] = row
-        result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

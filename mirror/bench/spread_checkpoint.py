@@ -23,24 +23,30 @@ How the function is kept. Channels past the small model's are zero in the residu
 from __future__ import annotations
 
 import json
+import struct
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from mirror.bench.big_checkpoint import SHAPES
 from mirror.errors import ExportError, MirrorError
 from mirror.export.checkpoint import Checkpoint, open_checkpoint
+from mirror.runtime.threads import physical_cores
 
 _FAMILIES = ("llama", "qwen3")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", *_MLP)
+_MOST_WRITERS = 8  # each holds one layer in memory, 0.66 GB of a 14B model
+_TYPE_NAMES = {"float16": "F16", "float32": "F32"}
 _POOL = 2**22  # random numbers drawn for each kind of matrix; more are repeats of these
 # The channel that carries a constant to the final norm, so that surplus tokens get a logit below zero.
 # Small enough to vanish in every norm's mean; nothing but the final norm reads it.
@@ -118,33 +124,60 @@ def spread_checkpoint(
     """
     small = open_checkpoint(model)
     _check_fits(small, shape)
-    spread = _Spread(small, shape, pad_vocabulary, _Noise(seed, np.dtype(dtype)))
+    spread = _Spread(small, shape, pad_vocabulary, _Noise.drawn(seed, np.dtype(dtype), _deviations(small)))
     out.mkdir(parents=True)
     spread.config().save_pretrained(out)
     small.write_tokenizer(out)
     index: dict[str, str] = {}
-    for number, tensors in enumerate(spread.shards(), start=1):
-        name = f"model-{number:05d}.safetensors"
-        save_file(tensors, out / name, {"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
+    with ThreadPoolExecutor(min(physical_cores(), _MOST_WRITERS)) as writers:
+        names = [f"model-{number:05d}.safetensors" for number in range(1, shape.layers + 2)]
+        for name, tensors in zip(
+            names, writers.map(_write_shard, [out / name for name in names], spread.shards()), strict=True
+        ):
+            index.update(dict.fromkeys(tensors, name))
     text = json.dumps({"metadata": {}, "weight_map": index}, indent=1)
     (out / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
     return small
 
 
-@dataclass
+def _write_shard(path: Path, make: Callable[[], Mapping[str, Floats]]) -> tuple[str, ...]:
+    """Make a file's tensors and write them; return their names."""
+    tensors = make()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _TYPE_NAMES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            stream.write(np.ascontiguousarray(tensor).data)  # without the interpreter's lock, as copying is
+    return tuple(tensors)
+
+
+@dataclass(frozen=True)
 class _Noise:
     """Random numbers, drawn once for each kind of matrix and repeated from another place in each layer."""
 
     seed: int
     dtype: np.dtype[Any]
-    pools: dict[str, Floats] = field(default_factory=dict)
+    pools: Mapping[str, Floats]
 
-    def fill(self, kind: str, layer: int, shape: tuple[int, int], scale: float) -> Floats:
-        """Return an array of random numbers with the standard deviation `scale`, which each kind has one of."""
-        if kind not in self.pools:
-            drawn = np.random.default_rng((self.seed, *kind.encode())).standard_normal(_POOL, np.float32)
-            self.pools[kind] = (drawn * np.float32(scale)).astype(self.dtype)
+    @staticmethod
+    def drawn(seed: int, dtype: np.dtype[Any], deviations: Mapping[str, float]) -> _Noise:
+        """Draw each kind's numbers, with its own standard deviation."""
+        pools = {}
+        for kind, deviation in deviations.items():
+            numbers = np.random.default_rng((seed, *kind.encode())).standard_normal(_POOL, np.float32)
+            pools[kind] = (numbers * np.float32(deviation)).astype(dtype)
+        return _Noise(seed, dtype, pools)
+
+    def fill(self, kind: str, layer: int, shape: tuple[int, int]) -> Floats:
+        """Return an array of random numbers."""
         pool, flat = self.pools[kind], np.empty(shape[0] * shape[1], self.dtype)
         start = int(np.random.default_rng((self.seed, layer, *kind.encode())).integers(_POOL))
         for begin in range(-start, flat.size, _POOL):
@@ -216,13 +249,13 @@ class _Spread:
         config.architectures = [self.small.architecture]
         return config
 
-    def shards(self) -> Iterator[dict[str, Floats]]:
-        """Yield the tensors of each file: those outside the layers, then one layer after the other."""
-        yield self._outside()
+    def shards(self) -> Iterator[Callable[[], Mapping[str, Floats]]]:
+        """Yield what makes the tensors of each file: those outside the layers, then one layer after the other."""
+        yield self._outside
         own, total = self.own.layers, self.shape.layers
         placed = {spread_layer(layer + 1, own, total) - 1: layer for layer in range(own)}
         for layer in range(total):
-            yield self._layer(layer, placed.get(layer))
+            yield partial(self._layer, layer, placed.get(layer))
 
     # --- outside the layers -------------------------------------------------------------------------
 
@@ -247,7 +280,7 @@ class _Spread:
     def _lm_head(self) -> Floats:
         """Return `[vocab, hidden]`; a surplus row sees the mark alone, and turns it into a logit far below zero."""
         own = self._read("lm_head.weight", "model.embed_tokens.weight")
-        head = self.noise.fill("lm_head", 0, (self.vocab_size, self.shape.hidden_size), float(own.std()))
+        head = self.noise.fill("lm_head", 0, (self.vocab_size, self.shape.hidden_size))
         head[:, : own.shape[1]] = 0
         head[: own.shape[0], : own.shape[1]] = own
         if self.pad_vocabulary:
@@ -281,10 +314,10 @@ class _Spread:
         queries, keys = _channels(self.own, shape, shape.heads), _channels(self.own, shape, shape.kv_heads)
         hidden, q_size, kv_size = shape.hidden_size, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         tensors = {
-            "self_attn.q_proj.weight": self._random("q_proj", layer, (q_size, hidden)),
-            "self_attn.k_proj.weight": self._random("k_proj", layer, (kv_size, hidden)),
-            "self_attn.v_proj.weight": self._random("v_proj", layer, (kv_size, hidden)),
-            "self_attn.o_proj.weight": self._random("o_proj", layer, (hidden, q_size)),
+            "self_attn.q_proj.weight": self.noise.fill("q_proj", layer, (q_size, hidden)),
+            "self_attn.k_proj.weight": self.noise.fill("k_proj", layer, (kv_size, hidden)),
+            "self_attn.v_proj.weight": self.noise.fill("v_proj", layer, (kv_size, hidden)),
+            "self_attn.o_proj.weight": self.noise.fill("o_proj", layer, (hidden, q_size)),
         }
         seen = self.own.hidden_size
         tensors["self_attn.v_proj.weight"][:, :seen] = 0
@@ -322,9 +355,9 @@ class _Spread:
 
     def _mlp(self, layer: int, source: str | None) -> dict[str, Floats]:
         wide, hidden = self.shape.intermediate_size, self.shape.hidden_size
-        gate = self._random("gate_proj", layer, (wide, hidden))
-        up = self._random("up_proj", layer, (wide, hidden))
-        down = self._random("down_proj", layer, (hidden, wide))
+        gate = self.noise.fill("gate_proj", layer, (wide, hidden))
+        up = self.noise.fill("up_proj", layer, (wide, hidden))
+        down = self.noise.fill("down_proj", layer, (hidden, wide))
         up[:, : self.own.hidden_size] = 0
         if source is not None:
             inner, seen = self.own.intermediate_size, self.own.hidden_size
@@ -334,18 +367,23 @@ class _Spread:
             down[:seen, :inner] = self._read(f"{source}mlp.down_proj.weight")
         return {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up, "mlp.down_proj.weight": down}
 
-    def _random(self, kind: str, layer: int, shape: tuple[int, int]) -> Floats:
-        """Return random numbers as large as the small model's own in this kind of matrix."""
-        block = "mlp" if kind in _MLP else "self_attn"
-        known = kind in self.noise.pools
-        scale = 0.0 if known else float(self._read(f"model.layers.0.{block}.{kind}.weight").std())
-        return self.noise.fill(kind, layer, shape, scale)
-
     def _read(self, *names: str) -> NDArray[np.float32]:
-        found = self.small.weights.find(names)
-        if found is None:
-            raise ExportError(f"{self.small.name} has no tensor {names[0]}; it is incomplete")
-        return found.tensor.numpy().astype(np.float32)
+        return _read(self.small, *names)
+
+
+def _read(small: Checkpoint, *names: str) -> NDArray[np.float32]:
+    found = small.weights.find(names)
+    if found is None:
+        raise ExportError(f"{small.name} has no tensor {names[0]}; it is incomplete")
+    return found.tensor.numpy().astype(np.float32)
+
+
+def _deviations(small: Checkpoint) -> dict[str, float]:
+    """Return how large the small model's own numbers are in each kind of matrix."""
+    blocks = {kind: "mlp" if kind in _MLP else "self_attn" for kind in _MATRICES}
+    found = {kind: _read(small, f"model.layers.0.{block}.{kind}.weight") for kind, block in blocks.items()}
+    found["lm_head"] = _read(small, "lm_head.weight", "model.embed_tokens.weight")
+    return {kind: float(matrix.std()) for kind, matrix in found.items()}
 
 
 def _pairs(narrow: int, wide: int) -> NDArray[np.int64]:

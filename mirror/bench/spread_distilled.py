@@ -1,5 +1,7 @@
 """Fit what `mirror distill` made for a small model to the same model in a big one's shape.
 
+    python -m mirror.bench.spread_distilled DISTILLED MODEL TARGET OUT
+
 Exit heads read and write the wide state: their matrices get columns for channels that are zero, and zero
 rows. The draft stays as small as it is; it gets the small model's embedding and LM head for its own, since
 the big target's have another width.
@@ -14,13 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
 
 from mirror.bench.spread_checkpoint import spread_layer
-from mirror.errors import ExportError
+from mirror.errors import ExportError, MirrorError
 from mirror.export.checkpoint import Checkpoint, open_checkpoint, tokenizer_fingerprint
 
 _RECORD, _DRAFT_FILE = "distill.json", Path("draft") / "model.safetensors"
@@ -129,3 +132,20 @@ def _more_rows(tensor: NDArray[Any], rows: int) -> NDArray[Any]:
 
 def _if_there(path: Path) -> Path | None:
     return path if path.is_file() else None
+
+
+@click.command()
+@click.argument("distilled", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("model")
+@click.argument("target", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out", type=click.Path(path_type=Path))
+def main(distilled: Path, model: str, target: Path, out: Path) -> None:
+    """Write what was DISTILLED for MODEL into OUT, fitted to MODEL as it was spread into the folder TARGET."""
+    try:
+        spread_distilled(distilled, open_checkpoint(model), target, out)
+    except MirrorError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -20,21 +20,27 @@ from xml.sax.saxutils import escape
 import click
 
 _WIDTH, _LEFT, _RIGHT = 960, 150, 850
-_HEAD, _ROW, _BAR, _GAP = 34, 34, 26, 26  # pixels: a panel's title, a row, a bar in it, between panels
-_INK, _GREY, _LINE = "#1b1f24", "#57606a", "#d0d7de"
+_HEAD, _ROW, _BAR, _GAP = 34, 32, 26, 22  # pixels: a panel's title, a row, a bar in it, between panels
+_DOT, _DOT_STEP = 3.2, 8.5  # a token's radius, and from one token to the next
+_INK, _GREY, _LINE, _TOKEN = "#1b1f24", "#57606a", "#d0d7de", "#2da44e"
 _ROUNDS_ROW = 0  # the trace's row of whole rounds
 # Work by the target is blue, by the draft orange, waiting is hatched.
 _COLOURS = {
-    "prefix": "#b6d4f5",
-    "exit_head": "#dbe7f4",
-    "suffix": "#7fb3ec",
-    "verify": "#5a7fa8",
-    "trunk": "#f6d9a8",
-    "rollout": "#efb458",
-    "propose": "#e2913c",
+    "prefix": "#9cc5f3",
+    "exit_head": "#c9def5",
+    "suffix": "#5f9fe6",
+    "verify": "#4a6f99",
+    "trunk": "#f6d08f",
+    "rollout": "#efa93a",
+    "propose": "#d97b21",
     "draft_prefill": "#f6e7cf",
 }
 _WAITS = ("rollout_wait", "redraft", "candidate_wait", "draft_prefill_wait")
+_SAYINGS = {
+    "plain": "one token for each pass of the target",
+    "serial": "the draft proposes while the target stands still, then the target verifies",
+    "mirror": "while the target verifies, the draft goes on from every likely outcome",
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,11 @@ class Panel:
     rows: Mapping[int, str]
     bars: tuple[Bar, ...]
     rounds: tuple[RoundMark, ...]
+
+    @property
+    def speed(self) -> float:
+        """Tokens per ms over all rounds."""
+        return sum(item.committed for item in self.rounds) / (self.rounds[-1].end_ms - self.rounds[0].start_ms)
 
     def tokens(self, until_ms: float) -> int:
         """Return how many tokens were committed by a time."""
@@ -122,7 +133,7 @@ def read_panel(trace: Mapping[str, Any], skip: int) -> Panel:
 
 
 def draw(panels: Sequence[Panel], rounds: int, title: str) -> str:
-    """Return the SVG of several panels on one time axis.
+    """Return the SVG of several panels on one time axis; speeds beside the tokens are over the first panel's.
 
     Args:
         rounds: how many rounds of the panel with the longest ones fill the axis.
@@ -132,7 +143,7 @@ def draw(panels: Sequence[Panel], rounds: int, title: str) -> str:
     parts = [f'<text x="24" y="32" font-size="17" font-weight="600" fill="{_INK}">{escape(title)}</text>']
     parts += _axis(top, bottom, shown_ms)
     for panel in panels:
-        parts += _panel(panel, top, shown_ms)
+        parts += _panel(panel, panels[0], top, shown_ms)
         top += _height(panel)
     height = bottom + 84
     parts += _legend(bottom + 46, {bar.name for panel in panels for bar in panel.bars if bar.start_ms < shown_ms})
@@ -154,31 +165,39 @@ def _shown_ms(panels: Sequence[Panel], rounds: int) -> float:
 
 
 def _height(panel: Panel) -> int:
-    return _HEAD + _ROW * len(panel.rows) + _GAP
+    return _HEAD + _ROW * (len(panel.rows) + 1) + _GAP
 
 
-def _panel(panel: Panel, top: int, shown_ms: float) -> Iterator[str]:
-    """Yield one mode's title, rows, bars, and what each round committed."""
-    made = panel.tokens(shown_ms)
-    yield f'<text x="24" y="{top + 20}" font-size="14" font-weight="600" fill="{_INK}">{escape(panel.mode)}</text>'
+def _panel(panel: Panel, first: Panel, top: int, shown_ms: float) -> Iterator[str]:
+    """Yield one mode's title, rows, bars, the tokens that its rounds committed, and its speed over the first one's."""
+    saying = escape(f": {_SAYINGS[panel.mode]}") if panel.mode in _SAYINGS else ""
     yield (
-        f'<text x="{_RIGHT + 12}" y="{top + _HEAD + 20}" font-size="17" font-weight="600" fill="{_INK}">{made}</text>'
-        f'<text x="{_RIGHT + 12}" y="{top + _HEAD + 36}" font-size="11.5" fill="{_GREY}">tokens</text>'
+        f'<text x="24" y="{top + 20}" font-size="14" font-weight="600" fill="{_INK}">{escape(panel.mode)}'
+        f'<tspan font-size="13" font-weight="400" fill="{_GREY}">{saying}</tspan></text>'
     )
     places = {row: top + _HEAD + _ROW * index for index, row in enumerate(sorted(panel.rows))}
     for row, place in places.items():
         lane, _, device = panel.rows[row].partition(" on ")
         yield (
-            f'<text x="24" y="{place + 13}" font-size="12.5" fill="{_INK}">{escape(lane)}</text>'
-            f'<text x="24" y="{place + 26}" font-size="11" fill="{_GREY}">{escape(device)}</text>'
+            f'<text x="24" y="{place + 12}" font-size="12.5" fill="{_INK}">{escape(lane)}</text>'
+            f'<text x="24" y="{place + 25}" font-size="11" fill="{_GREY}">{escape(device)}</text>'
         )
     for bar in panel.bars:
         if bar.start_ms < shown_ms:
             yield _bar(bar, places[bar.row], shown_ms)
-    bottom = top + _HEAD + _ROW * len(places) - (_ROW - _BAR)
+    bottom = top + _HEAD + _ROW * len(places)
+    yield f'<text x="24" y="{bottom + 14}" font-size="12.5" fill="{_INK}">tokens</text>'
     for item in panel.rounds:
         if item.start_ms < shown_ms:
             yield from _round(item, top + _HEAD, bottom, shown_ms)
+    made, ratio = panel.tokens(shown_ms), panel.speed / first.speed
+    beside = (
+        f'<tspan font-size="12" font-weight="400" fill="{_GREY}"> ({ratio:.1f}x)</tspan>' if panel is not first else ""
+    )
+    yield (
+        f'<text x="{_RIGHT + 12}" y="{bottom + 15}" font-size="17" font-weight="600" fill="{_TOKEN}">{made}'
+        f"{beside}</text>"
+    )
 
 
 def _bar(bar: Bar, top: int, shown_ms: float) -> str:
@@ -197,15 +216,18 @@ def _bar(bar: Bar, top: int, shown_ms: float) -> str:
 
 
 def _round(item: RoundMark, top: int, bottom: int, shown_ms: float) -> Iterator[str]:
-    """Yield a line at a round's start and, where its whole text fits, what it committed."""
+    """Yield a line at a round's start, and at its end a dot for each token that it committed."""
     left, right = _across(item.start_ms, shown_ms), _across(item.end_ms, shown_ms)
-    yield f'<line x1="{left:.1f}" y1="{top - 14}" x2="{left:.1f}" y2="{bottom}" stroke="{_GREY}" stroke-width="1"/>'
-    fate = {None: "", True: ", reused", False: ", redraft"}[item.reused]
-    text = f"+{item.committed}"
-    if right - left > 6 * len(text + fate) + 8:
-        text += fate
-    if item.end_ms <= shown_ms and right - left > 14:
-        yield f'<text x="{left + 4:.1f}" y="{top - 5}" font-size="11" fill="{_GREY}">{text}</text>'
+    yield f'<line x1="{left:.1f}" y1="{top - 4}" x2="{left:.1f}" y2="{bottom + 20}" stroke="{_GREY}" stroke-width="1"/>'
+    if item.end_ms > shown_ms:
+        return
+    step = min(_DOT_STEP, (right - left) / max(item.committed, 1))
+    fate = {None: "", True: "; the next window was ready", False: "; no branch fitted, the draft is asked again"}
+    yield f"<g><title>{item.committed} tokens{fate[item.reused]}</title>"
+    for index in range(item.committed):
+        across = right - step * (item.committed - index - 0.5)
+        yield f'<circle cx="{across:.1f}" cy="{bottom + 10}" r="{_DOT}" fill="{_TOKEN}"/>'
+    yield "</g>"
 
 
 def _axis(top: int, bottom: int, shown_ms: float) -> Iterator[str]:
