@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 CHAT_HELP = "Ctrl-C cancels the answer; /reset forgets the conversation; /exit or Ctrl-D leaves"
+UNTUNED_TIP = (
+    "draft and target share one CPU, where drafting may cost more than it saves; `mirror tune BUNDLE` measures it "
+    "and keeps the fastest mode, --mode plain leaves the draft out"
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,15 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is shown besides the text."""
+    """What is shown besides the text.
+
+    `untuned`: whether the mode was chosen without a measurement, so that a tip may follow the statistics.
+    """
 
     as_json: bool
     statistics: bool
     trace: Path | None
+    untuned: bool = False
 
 
 def answer(engine: Engine, prompt: str, options: AnswerOptions, output: OutputOptions, *, chat_template: bool) -> int:
@@ -161,6 +169,8 @@ def report(result: Result, output: OutputOptions) -> None:
         print_notice(event.message)
     if output.statistics:
         print_statistics(result.statistics, result.finish_reason.value)
+        if output.untuned and set(result.devices.values()) == {"cpu"}:
+            print_notice(UNTUNED_TIP)
     if output.trace is not None:
         output.trace.write_text(json.dumps(result.trace()), encoding="utf-8")
 

@@ -30,6 +30,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int8-fp16", "int4-fp16")
 MODES = ("auto", "plain", "serial", "mirror")
 CANDIDATE_SOURCES = ("exit", "draft", "both")
+STORED = (*PRECISIONS, "int4-openvino", "w4a16")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 DEBUG = "mirror.debug"
 
@@ -278,6 +279,104 @@ def tune(
     print_notice(report.reason + (" (not written: --dry-run)" if dry_run else f"; written to {bundle}"))
 
 
+@main.command()
+@click.argument("bundle", type=FOLDER, required=False)
+@click.option("--box", required=True, metavar="FILE|NAME", help="The machine: a profile of the package, or a file.")
+@click.option(
+    "--target-shape", metavar="FILE|NAME", help="A config.json or a known shape, in the bundle's target's place."
+)
+@click.option("--target-precision", type=click.Choice(STORED), default="fp16", help="How that shape is stored.")
+@click.option("--draft-shape", metavar="FILE|NAME", help="The same for the draft.")
+@click.option("--draft-precision", type=click.Choice(STORED), default="fp16", help="How that shape is stored.")
+@click.option("--draft-layers", type=click.IntRange(min=1), help="So many layers of the draft.  [default: all]")
+@click.option("--draft-vocabulary", type=click.IntRange(min=1), help="Tokens that a draft shape's head knows.")
+@click.option("--streams", type=click.IntRange(min=0), help="Streams of a draft given as a shape.  [default: none]")
+@click.option("--target-device", help="Where the target runs.  [default: the box's]")
+@click.option("--draft-device", help="Where the draft runs.  [default: the box's]")
+@click.option(
+    "--acceptance",
+    metavar="SHARE|FILE",
+    help="The share of draft tokens that stand, or a result of mirror.distill.evaluate.  [default: SmolLM2's]",
+)
+@click.option("--context", default=500, type=click.IntRange(min=0), help="Tokens before the window.")
+@click.option("--exit-layer", type=click.IntRange(min=1), help="Where to cut.  [default: the bundle's, else the best]")
+@click.option(
+    "--gamma", type=click.IntRange(min=1), help="Draft tokens of a window.  [default: the bundle's, else the best]"
+)
+@click.option(
+    "--branches", type=click.IntRange(min=1), help="Branches of a rollout.  [default: the bundle's, else the best]"
+)
+@click.option(
+    "--tokens-per-pass",
+    metavar="COUNTS",
+    callback=read_counts,
+    help="Tokens of each pass.  [default: the bundle's, else the best]",
+)
+@click.option(
+    "--candidates",
+    type=click.Choice(CANDIDATE_SOURCES),
+    help="Who offers them.  [default: the bundle's, else the best]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@debug_option
+def plan(
+    bundle: Path | None,
+    box: str,
+    target_shape: str | None,
+    target_precision: str,
+    draft_shape: str | None,
+    draft_precision: str,
+    draft_layers: int | None,
+    draft_vocabulary: int | None,
+    streams: int | None,
+    target_device: str | None,
+    draft_device: str | None,
+    acceptance: str | None,
+    context: int,
+    exit_layer: int | None,
+    gamma: int | None,
+    branches: int | None,
+    tokens_per_pass: tuple[int, ...] | None,
+    candidates: str | None,
+    as_json: bool,
+) -> None:
+    """Predict a round of BUNDLE on a machine that isn't here, and search the best choices for it.
+
+    Bytes and operations are counted in the bundle's graphs, or from a model's sizes; the machine is a profile of
+    bandwidths, rates and fixed costs. Nothing is run. docs/plan.md says how far it was off where the truth is known.
+    """
+    from mirror.plan.plan import PlanOptions, plan_bundle
+
+    options = PlanOptions(
+        box=box,
+        target_shape=target_shape,
+        draft_shape=draft_shape,
+        target_precision=target_precision,
+        draft_precision=draft_precision,
+        draft_layers=draft_layers,
+        draft_vocabulary=draft_vocabulary,
+        streams=streams,
+        target_device=target_device,
+        draft_device=draft_device,
+        acceptance=acceptance,
+        context=context,
+        exit_layer=exit_layer,
+        gamma=gamma,
+        branches=branches,
+        tokens_per_pass=tokens_per_pass,
+        candidates=candidates,
+    )
+    report = plan_bundle(bundle, options)
+    if as_json:
+        print_json(report.to_json())
+        return
+    for columns, cells in report.tables():
+        print_table(columns, cells)
+    print_notice(report.sentence())
+    for sentence in report.unsure:
+        print_notice(sentence)
+
+
 @main.command(name="compile")
 @click.argument("bundle", type=FOLDER)
 @click.option(
@@ -471,13 +570,14 @@ def run(
     options = AnswerOptions(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, num_assistant_tokens
     )
-    output = OutputOptions(as_json, not as_json if stats is None else stats, trace)
     bundle = named or default_bundle()
+    tuned = read_tuned_mode(bundle) if mode == "auto" else mode
+    output = OutputOptions(as_json, not as_json if stats is None else stats, trace, untuned=tuned is None)
     import mirror
 
     with mirror.load(
         bundle,
-        mode=best_mode(bundle) if mode == "auto" else mode,
+        mode=tuned or "mirror",
         target_device=target_device,
         suffix_device=suffix_device,
         draft_device=draft_device,
@@ -543,13 +643,13 @@ def read_prompt(path: str) -> str:
         raise RequestError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
 
 
-def best_mode(bundle: Path) -> str:
-    """Return the mode that the bundle's settings name, else `mirror`; `plain` without a draft, and say so."""
+def read_tuned_mode(bundle: Path) -> str | None:
+    """Return the mode that the bundle's settings name, if any; `plain` without a draft, and say so."""
     from mirror.bundle import read_manifest
 
     manifest = read_manifest(bundle)
     if manifest.draft is not None:
-        return manifest.settings.mode or "mirror"
+        return manifest.settings.mode
     print_notice("the bundle has no draft: decoding in plain mode")
     return "plain"
 

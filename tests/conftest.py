@@ -1,8 +1,15 @@
-"""Markers, and which tests this machine can run."""
+"""Markers, which tests this machine can run, and the real model that some of them share."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+
+MODEL_DRAFT = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,3 +26,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if missing is not None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SmolLM2 in float32 with the shipped draft, exported once; half a gigabyte, removed when the tests are over."""
+    if given := os.environ.get("MIRROR_HOSTS_BUNDLE"):
+        yield Path(given)
+        return
+    pytest.importorskip("torch")
+    from mirror.default_model import locate_model
+    from mirror.errors import ExportError
+    from mirror.export.build import ExportOptions, export_bundle
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    try:
+        export_bundle(str(locate_model()), folder / "bundle", ExportOptions(draft=str(MODEL_DRAFT), max_length=512))
+    except ExportError as error:
+        if "not installed" in str(error):
+            pytest.skip(str(error))
+        raise
+    yield folder / "bundle"
+    shutil.rmtree(folder)

@@ -91,6 +91,11 @@ def test_run_prints_the_text_on_stdout_and_statistics_on_stderr(bundle: Path, mo
     assert told(result, "finish_reason") == "length"
 
 
+def test_an_untuned_mode_on_one_cpu_comes_with_a_tip(bundle: Path) -> None:
+    assert "mirror tune" in ok(call("run", bundle, PROMPT)).stderr
+    assert "mirror tune" not in ok(call("run", bundle, PROMPT, "--mode", "mirror")).stderr
+
+
 def test_run_prints_no_statistics_when_told_so(bundle: Path) -> None:
     assert ok(call("run", bundle, PROMPT, "--no-stats")).stderr == ""
 
@@ -242,7 +247,8 @@ def test_ctrl_c_prints_what_was_committed(long_bundle: Path, mode: str) -> None:
     text = (first + rest).decode()
     assert process.returncode == 130
     assert text.endswith("\n")
-    figures = dict(line.split() for line in errors.decode().splitlines() if line)
+    lines = [line for line in errors.decode().splitlines() if line and not line.startswith("notice: ")]
+    figures = dict(line.split() for line in lines)
     assert figures["finish_reason"] == "cancelled"
     assert int(figures["generated_tokens"]) == len(text.split())
     with mirror.load(long_bundle, mode="plain") as engine:

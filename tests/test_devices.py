@@ -28,7 +28,7 @@ from mirror.targets import (
     parse_device_name,
     survey,
 )
-from mirror.targets.base import PassShape
+from mirror.targets.base import LoadRequest, PassShape
 from mirror.targets.names import Precision
 from mirror.targets.onnxruntime_session import Buffer, Memory
 from tests.lookup import Lookup, LookupBundle, agreeing_table, open_engine, oracle_greedy, random_table, write_bundle
@@ -223,7 +223,7 @@ def test_a_session_that_falls_back_to_the_cpu_is_refused(tmp_path: Path) -> None
     rows = write_segment(tmp_path)
     segment = Segment(rows.name, rows.kv, {Form.INPLACE: rows.graphs[Form.ROWS]})
     with pytest.raises(DeviceError, match=r"CUDAExecutionProvider but got CPUExecutionProvider"):
-        open_device("cuda:0").load_segment(tmp_path, segment, capacity=8, shapes=[PassShape(1)], threads=1)
+        open_device("cuda:0").load_segment(LoadRequest(tmp_path, segment, [PassShape(1)], 8, 1))
 
 
 class _Session:
@@ -239,39 +239,23 @@ class _Session:
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Sessions load without a GPU: whether each was to be recorded. Where it was, it is refused once."""
-    asked: list[bool] = []
+def without_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sessions load without a GPU."""
 
     def session_on(self: cuda.CudaDevice, provider: cuda.Provider, path: Path, name: str, threads: int) -> _Session:
-        asked.append(provider.replays)
-        if provider.replays and path.stem == "not-recordable":
-            raise DeviceError("cuda:0 can't load it: this session cannot use the graph capture feature")
         return _Session(("GroupQueryAttention",) if path.stem == "float32" else ("Range", "Cast"))
 
     monkeypatch.setattr(cuda.CudaDevice, "_session_on", session_on)
-    return asked
 
 
-@pytest.mark.usefixtures("two_gpus")
-def test_targets_are_recorded_where_their_graphs_allow_it_and_drafts_are_not(opened: list[bool]) -> None:
-    target, draft = open_device("cuda:0"), open_device("cuda:0", background=True)
-    assert isinstance(target, cuda.CudaDevice)
-    assert isinstance(draft, cuda.CudaDevice)
-    assert target._open_session(Path("target.onnx"), "target", 1)[1].replays
-    assert not target._open_session(Path("not-recordable.onnx"), "target", 1)[1].replays
-    assert not draft._open_session(Path("draft.onnx"), "draft", 1)[1].replays
-    assert opened == [True, True, False, False]
-
-
-@pytest.mark.usefixtures("two_gpus")
-def test_attention_that_would_run_on_the_cpu_is_refused(opened: list[bool]) -> None:
+@pytest.mark.usefixtures("two_gpus", "without_sessions")
+def test_attention_that_would_run_on_the_cpu_is_refused() -> None:
     """It would copy the whole cache to the host and back in every layer, unsaid."""
     device = open_device("cuda:0")
     assert isinstance(device, cuda.CudaDevice)
     with pytest.raises(DeviceError, match=r"cuda:0 computes attention in fp16 and bf16.*--precision fp16, bf16"):
         device._open_session(Path("float32.onnx"), "target_prefix", 1)
-    assert opened == [True]
+    assert device._open_session(Path("half.onnx"), "target_prefix", 1)[1].replays
 
 
 def test_a_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +315,7 @@ def test_a_gpu_keeps_what_it_computes(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", LookupBundle(Lookup(random_table(1, 97, 23))))
     device = open_device("cuda:0")
     prefix = read_manifest(bundle).segments["target_prefix"]
-    loaded = device.load_segment(bundle, prefix, capacity=8, shapes=[PassShape(3)], threads=1)
+    loaded = device.load_segment(LoadRequest(bundle, prefix, [PassShape(3)], 8, 1))
     feeds = FeedPool(8, 100).at(3)
     feeds.fill_causal(np.array([4, 5, 6]), 0)
     outputs = loaded.run(feeds.tensors, device.make_cache(prefix.kv, 8), 0)

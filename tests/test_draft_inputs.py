@@ -18,7 +18,7 @@ from mirror.export.build import ExportOptions, export_bundle
 from mirror.export.checkpoint import open_checkpoint
 from mirror.export.recut import recut_bundle
 from mirror.runtime.feeds import FeedPool
-from mirror.targets.base import PassShape, to_host
+from mirror.targets.base import LoadRequest, PassShape, to_host
 from mirror.targets.cpu import CpuDevice
 from tests.families import make_checkpoint
 from tests.test_export import distilled_record
@@ -139,7 +139,7 @@ def test_graphs_compute_what_torch_does(
     width = len(TOKENS) + 2
     features = np.random.default_rng(0).standard_normal((width, HIDDEN)).astype(np.float32)
     vocab = manifest.model.vocab_size
-    feeds = FeedPool(CAPACITY, 64).at(width)
+    feeds = FeedPool(CAPACITY, 64, branches=True).at(width)
     places = np.arange(width)
     feeds.fill_rows(
         np.array([*TOKENS, vocab, vocab + 1]),
@@ -158,7 +158,7 @@ def test_graphs_compute_what_torch_does(
     found = {}
     for name in ("draft", "draft_trunk"):
         device, segment = CpuDevice(form), manifest.segments[name]
-        loaded = device.load_segment(folder, segment, capacity=CAPACITY, shapes=[PassShape(width, 3)], threads=1)
+        loaded = device.load_segment(LoadRequest(folder, segment, [PassShape(width, 3)], CAPACITY, 1))
         outputs = loaded.run(tensors, device.make_cache(segment.kv, CAPACITY), 0)
         found |= {name + output: to_host(tensor).copy() for output, tensor in outputs.items()}
     assert found["draft_trunkcandidate_ids"][0].tolist() == ids
@@ -170,9 +170,7 @@ def test_the_exit_head_speaks_the_same_trimmed_vocabulary(bundle: tuple[Path, Ma
     folder, manifest = bundle
     kept = set(load_file(distilled / "vocabulary.safetensors")["ids"][:KEPT].tolist())
     device = CpuDevice()
-    loaded = device.load_segment(
-        folder, manifest.segments["exit_head"], capacity=CAPACITY, shapes=[PassShape(3)], threads=1
-    )
+    loaded = device.load_segment(LoadRequest(folder, manifest.segments["exit_head"], [PassShape(3)], CAPACITY, 1))
     hidden = np.random.default_rng(1).standard_normal((1, 3, HIDDEN)).astype(np.float32)
     outputs = loaded.run({"hidden_states": hidden, "position_ids": np.zeros((1, 3), np.int64)}, None, 0)
     assert set(to_host(outputs["candidate_ids"]).ravel().tolist()) <= kept

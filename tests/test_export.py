@@ -411,7 +411,8 @@ class _Draft:
 
     def run(self, tokens: np.ndarray, past: int) -> np.ndarray:
         """Return the likeliest next token of each row."""
-        return self.trunk.run(_feeds(tokens, past), past, len(tokens))["token_ids"][0]
+        feeds = _feeds(tokens, past) | {"total_sequence_length": np.array(_Graph.capacity, np.int32)}
+        return self.trunk.run(feeds, past, len(tokens))["token_ids"][0]
 
 
 def distilled_record(target: dict[str, str], **changes: object) -> dict[str, object]:

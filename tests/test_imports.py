@@ -114,9 +114,12 @@ def allowed_parts(found: Import) -> set[str]:
         return SHARED | {"compile", "runtime", "targets", "bench"} | (set() if found.at_load else {"export"})
     if part in COMMAND_LINE and found.at_load:
         return SHARED | COMMAND_LINE
+    if part == "plan":
+        return SHARED | {"plan", "runtime"}
     if part == "tune":
         return SHARED | {"tune", "runtime", "targets", "bench"} | (set() if found.at_load else {"export"})
-    return SHARED | COMMAND_LINE | {"__init__", "export", "distill", "runtime", "targets", "bench", "tune", "compile"}
+    inner = {"__init__", "export", "distill", "runtime", "targets", "bench", "tune", "compile", "plan"}
+    return SHARED | COMMAND_LINE | inner
 
 
 def test_the_walk_finds_the_imports() -> None:

@@ -1,8 +1,7 @@
 """Segments and caches on ONNX Runtime: slots, bindings, and what a refused pass says."""
 
 import ctypes
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from onnx import TensorProto, helper
 from mirror.bundle import Form, Graph, LayerKV, Segment, TensorSpec, read_manifest
 from mirror.errors import DeviceError
 from mirror.runtime.feeds import FeedPool
-from mirror.targets.base import PassShape, to_host
+from mirror.targets.base import LoadRequest, PassShape, to_host
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.onnxruntime_session import (
     Buffer,
@@ -42,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_land_in_their_slots_and_nowhere_else(bundle: Path, form: Form) -> None:
     device = CpuDevice(form)
     segment = read_manifest(bundle).segments["target_prefix"]
-    loaded = device.load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(3)], threads=1)
+    loaded = device.load_segment(LoadRequest(bundle, segment, [PassShape(3)], CAPACITY, 1))
     cache = device.make_cache(segment.kv, CAPACITY)
     buffer = cache.buffers["past_key_values.0.key"].array
     assert buffer is not None
@@ -61,7 +60,7 @@ def test_both_forms_compute_the_same(bundle: Path) -> None:
     for form in Form:
         device = CpuDevice(form)
         segment = read_manifest(bundle).segments["draft"]
-        loaded = device.load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(1), PassShape(3)], threads=1)
+        loaded = device.load_segment(LoadRequest(bundle, segment, [PassShape(1), PassShape(3)], CAPACITY, 1))
         cache = device.make_cache(segment.kv, CAPACITY)
         pool, tokens = FeedPool(CAPACITY, 100), []
         for past, ids in ((0, [1, 2, 3]), (3, [4]), (2, [9, 9, 9])):
@@ -112,12 +111,12 @@ def _load(folder: Path, graph: Graph) -> "object":
     if graph.outputs[0].name == "hidden_states":
         graph = Graph(graph.file, graph.inputs, (TensorSpec("hidden_states", "bfloat16", (1, "width")),))
     segment = Segment("target_prefix", (), {Form.INPLACE: graph})
-    return CpuDevice().load_segment(folder, segment, capacity=1, shapes=[PassShape(2)], threads=1)
+    return CpuDevice().load_segment(LoadRequest(folder, segment, [PassShape(2)], 1, 1))
 
 
 def test_bindings_of_many_widths_do_not_pile_up(bundle: Path) -> None:
     segment = read_manifest(bundle).segments["target_prefix"]
-    loaded = CpuDevice().load_segment(bundle, segment, capacity=200, shapes=[PassShape(1)], threads=1)
+    loaded = CpuDevice().load_segment(LoadRequest(bundle, segment, [PassShape(1)], 200, 1))
     cache = CpuDevice().make_cache(segment.kv, 200)
     pool = FeedPool(200, 300)
     for width in range(1, 60):
@@ -129,7 +128,7 @@ def test_bindings_of_many_widths_do_not_pile_up(bundle: Path) -> None:
 
 def test_a_cache_of_another_device_is_refused(bundle: Path) -> None:
     segment = read_manifest(bundle).segments["target_prefix"]
-    loaded = CpuDevice().load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(1)], threads=1)
+    loaded = CpuDevice().load_segment(LoadRequest(bundle, segment, [PassShape(1)], CAPACITY, 1))
     feeds = FeedPool(CAPACITY, 100).at(1)
     feeds.fill_causal(np.array([1]), 0)
     with pytest.raises(DeviceError, match="target_prefix keeps a KV cache"):
@@ -140,7 +139,7 @@ def test_a_provider_that_is_not_there_is_an_error_and_no_cpu_in_its_place(bundle
     device = OnnxRuntimeDevice("nowhere:0", Provider("NowhereExecutionProvider"))
     segment = read_manifest(bundle).segments["exit_head"]
     with pytest.raises(DeviceError, match=r"nowhere:0 needs NowhereExecutionProvider, this onnxruntime offers .*CPU"):
-        device.load_segment(bundle, segment, capacity=1, shapes=[PassShape(1)], threads=1)
+        device.load_segment(LoadRequest(bundle, segment, [PassShape(1)], 1, 1))
 
 
 def test_caches_start_zeroed_in_every_dtype() -> None:
@@ -166,12 +165,24 @@ class _FakeMark:
         self._log.append("wait")
 
 
+class _FakeRecording:
+    """Runs again what was launched: a session on the host can do no better."""
+
+    def __init__(self, launch: Callable[[], None], log: list[str]) -> None:
+        self._launch, self._log = launch, log
+
+    def replay(self) -> None:
+        self._log.append("replay")
+        self._launch()
+
+
 class _FakeStream:
     """A GPU's stream over host memory: device addresses are this process's own."""
 
     handle = 1
 
-    def __init__(self) -> None:
+    def __init__(self, *, records: bool = True) -> None:
+        self.records = records
         self.log: list[str] = []
         self.kept: list[np.ndarray[Any, Any]] = []
 
@@ -192,9 +203,9 @@ class _FakeStream:
     def wait(self) -> None:
         self.log.append("stream wait")
 
-    def guard(self, *, recording: bool) -> AbstractContextManager[None]:
-        self.log.append(f"guard {recording}")
-        return nullcontext()
+    def record(self, launch: Callable[[], None]) -> _FakeRecording | None:
+        self.log.append("record")
+        return _FakeRecording(launch, self.log) if self.records else None
 
     def mark(self) -> _FakeMark:
         return _FakeMark(self.log)
@@ -216,7 +227,7 @@ def test_a_stream_brings_all_inputs_in_one_copy_and_the_pass_computes_the_same(b
     stream, found = _FakeStream(), []
     for device in (_streamed(stream), CpuDevice()):
         segment = read_manifest(bundle).segments[name]
-        loaded = device.load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(3)], threads=1)
+        loaded = device.load_segment(LoadRequest(bundle, segment, [PassShape(3)], CAPACITY, 1))
         cache, feeds, results = device.make_cache(segment.kv, CAPACITY), FeedPool(CAPACITY, 100).at(3), []
         for past, ids in ((0, [1, 2, 3]), (3, [4, 5, 6]), (2, [9, 9, 9])):
             feeds.fill_causal(np.array(ids), past)
@@ -233,7 +244,7 @@ def test_a_stream_brings_all_inputs_in_one_copy_and_the_pass_computes_the_same(b
 def test_the_total_that_chooses_a_kernel_is_the_capacity_at_every_pass(bundle: Path) -> None:
     """A cursor there would make a GPU choose, and plan, another kernel for every token."""
     device, segment = _streamed(_FakeStream()), read_manifest(bundle).segments["target_suffix"]
-    loaded = device.load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(3)], threads=1)
+    loaded = device.load_segment(LoadRequest(bundle, segment, [PassShape(3)], CAPACITY, 1))
     cache, feeds = device.make_cache(segment.kv, CAPACITY), FeedPool(CAPACITY, 100).at(3)
     feeds.fill_causal(np.array([1, 2, 3]), 0)
     loaded.run(
@@ -245,23 +256,26 @@ def test_the_total_that_chooses_a_kernel_is_the_capacity_at_every_pass(bundle: P
     assert [int(value.numpy()) for value in totals] == [CAPACITY]
 
 
-def test_only_passes_that_may_be_recorded_are_guarded(bundle: Path) -> None:
-    stream = _FakeStream()
+@pytest.mark.parametrize("records", [True, False])
+def test_the_third_pass_is_recorded_and_replayed_from_then_on(bundle: Path, records: bool) -> None:
+    stream = _FakeStream(records=records)
     device, segment = _streamed(stream, replays=True), read_manifest(bundle).segments["target_prefix"]
-    loaded = device.load_segment(bundle, segment, capacity=CAPACITY, shapes=[PassShape(3)], threads=1)
+    request = LoadRequest(bundle, segment, [PassShape(3)], CAPACITY, 1)
+    loaded = device.load_segment(request)
     assert loaded.widths == (3,)
     cache, feeds = device.make_cache(segment.kv, CAPACITY), FeedPool(CAPACITY, 100).at(3)
-    feeds.fill_causal(np.array([1, 2, 3]), 0)
-    for _ in range(6):
-        loaded.run(feeds.tensors, cache, 0)
-    launches = [entry for entry in stream.log if entry.startswith("guard")][1::2]
-    assert launches == ["guard True"] * 4 + ["guard False"] * 2
+    for first in range(5):
+        feeds.fill_causal(np.array([first, 2, 3]), 0)
+        outputs = loaded.run(feeds.tensors, cache, 0)
+        assert to_host(outputs["hidden_states"])[0, :, 0].tolist() == [first, 2, 3]
+    launches = [entry for entry in stream.log if entry in ("record", "replay")]
+    assert launches == (["record"] + ["replay"] * 3 if records else ["record"])
 
 
 def test_a_tensor_of_the_same_stream_is_bound_and_another_is_copied(bundle: Path) -> None:
     streams = _FakeStream(), _FakeStream()
     segment = read_manifest(bundle).segments["exit_head"]
-    loaded = _streamed(streams[0]).load_segment(bundle, segment, capacity=1, shapes=[PassShape(3)], threads=1)
+    loaded = _streamed(streams[0]).load_segment(LoadRequest(bundle, segment, [PassShape(3)], 1, 1))
     positions = np.zeros((1, 3), np.int64)
     for stream in streams:
         state = make_buffer(Memory(), "float32", (1, 3, 4))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mirror.bundle import Form, Graph, Segment
 from mirror.errors import DeviceError
 from mirror.targets import open_device
-from mirror.targets.base import Device, KVCache, LoadedSegment, PassShape, to_host
+from mirror.targets.base import Device, KVCache, LoadedSegment, LoadRequest, PassShape, to_host
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.names import Precision
 from mirror.targets.openvino_settings import compile_settings, kernel_cache, kernel_cache_folder
@@ -54,7 +54,7 @@ class Runner:
 
     def __init__(self, device: Device, folder: Path, segment: Segment, widths: Sequence[int] = WIDTHS) -> None:
         shapes = prefill_last(widths)
-        self.loaded: LoadedSegment = device.load_segment(folder, segment, capacity=CAPACITY, shapes=shapes, threads=1)
+        self.loaded: LoadedSegment = device.load_segment(LoadRequest(folder, segment, shapes, CAPACITY, 1))
         self.cache: KVCache = device.make_cache(segment.kv, CAPACITY)
         self.slot_branch = np.full(CAPACITY, -1, np.int32)
 
@@ -426,7 +426,7 @@ def test_sessions_per_shape_compute_the_same(
 
     def load(shape: PassShape) -> LoadedSegment:
         loaded.append(shape)
-        return device.load_segment(folder, segment, capacity=CAPACITY, shapes=[shape], threads=1)
+        return device.load_segment(LoadRequest(folder, segment, [shape], CAPACITY, 1))
 
     shaped = Runner(device, folder, segment)
     shaped.loaded = ShapedSegment("tiny", segment.graphs[Form.ROWS], prefill_last(widths), load)

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mirror.bundle import Form, Graph, Segment, TensorSpec
 from mirror.errors import DeviceError
 from mirror.targets import list_devices, open_device, parse_device_name
-from mirror.targets.base import Device, PassShape, to_host
+from mirror.targets.base import Device, LoadRequest, PassShape, to_host
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.hexagon import Chip, chip
 from mirror.targets.names import DeviceFamily, DeviceName
@@ -51,7 +51,7 @@ class Line:
 
     def __init__(self, device: Device, folder: Path, segment: Segment) -> None:
         shapes = [PassShape(WIDTH)]
-        self.loaded = device.load_segment(folder, segment, capacity=CAPACITY, shapes=shapes, threads=1)
+        self.loaded = device.load_segment(LoadRequest(folder, segment, shapes, CAPACITY, 1))
         self.cache = device.make_cache(segment.kv, CAPACITY)
 
     def run(self, tokens: Sequence[int], past: int, branches: Sequence[int], rows: int) -> Mapping[str, NDArray[Any]]:
@@ -141,7 +141,7 @@ def _odd_segment(folder: Path) -> Segment:
 def test_a_graph_that_does_not_fit_whole_is_refused_node_by_node(tmp_path: Path) -> None:
     segment = _odd_segment(tmp_path)
     with pytest.raises(DeviceError) as caught:
-        open_device("qnn:htp").load_segment(tmp_path, segment, capacity=4, shapes=[PassShape(2)], threads=1)
+        open_device("qnn:htp").load_segment(LoadRequest(tmp_path, segment, [PassShape(2)], 4, 1))
     said = str(caught.value)
     assert "qnn:emulator can't take odd.rows.onnx whole" in said
     assert "Gather look_up (its compiler refused it, error 3110)" in said
@@ -153,14 +153,14 @@ def test_a_file_that_is_no_graph_is_refused_with_what_the_runtime_says(folder: P
     segment = write_segment(tmp_path)
     (tmp_path / segment.graphs[Form.ROWS].file).write_bytes(b"not a graph")
     with pytest.raises(DeviceError, match=r"qnn:emulator can't load tiny\.rows\.onnx: "):
-        open_device("qnn:htp").load_segment(tmp_path, segment, capacity=4, shapes=[PassShape(2)], threads=1)
+        open_device("qnn:htp").load_segment(LoadRequest(tmp_path, segment, [PassShape(2)], 4, 1))
 
 
 @needs_emulator
 def test_a_bundle_without_rows_form_is_refused(folder: Path, segment: Segment) -> None:
     other = Segment("tiny", segment.kv, {Form.INPLACE: segment.graphs[Form.ROWS]})
     with pytest.raises(DeviceError, match="qnn:emulator needs tiny in rows form and the bundle has inplace"):
-        open_device("qnn:htp").load_segment(folder, other, capacity=4, shapes=[PassShape(2)], threads=1)
+        open_device("qnn:htp").load_segment(LoadRequest(folder, other, [PassShape(2)], 4, 1))
 
 
 @needs_emulator

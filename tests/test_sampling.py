@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mirror.errors import DeviceError, RequestError
 from mirror.runtime import sampling
-from mirror.runtime.noise import gumbel, philox, uniforms
+from mirror.runtime.noise import PICK_TOKEN, TAIL_TOKEN, gumbel, philox, uniforms
 from mirror.runtime.sampling import Kept, Sampler, SamplingParams, draw, process
 from tests.lookup import chi_square, chi_square_limit, random_table, softmax
 
@@ -186,3 +186,21 @@ def test_draws_at_neighbouring_positions_are_independent() -> None:
     pairs = np.bincount(drawn[:-1] * 5 + drawn[1:], minlength=25)
     statistic, degrees = chi_square(pairs, np.outer(softmax(logits), softmax(logits)).ravel())
     assert statistic < chi_square_limit(degrees, FALSE_ALARM)
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0, 8.0])
+def test_a_large_vocabulary_is_drawn_from_as_a_plain_search_would(spread: float) -> None:
+    """The shortcuts for the likeliest tokens and for the tail change no draw."""
+    source = np.random.default_rng(7)
+    for position in range(60):
+        logits = (source.standard_normal(20_011) * spread).astype(np.float32)
+        kept = sampling.process(logits, SamplingParams(1.0), None)
+        order = np.argsort(-kept.scores, kind="stable")
+        head, tail = np.sort(order[: sampling.HEAD_TOKENS]), np.sort(order[sampling.HEAD_TOKENS :])
+        noise = uniforms(3, position, np.append(head, [TAIL_TOKEN, PICK_TOKEN]))
+        race = kept.scores[head] + gumbel(noise[:-2])
+        mass = np.cumsum(np.exp(kept.scores[tail]))
+        shared = np.log(mass[-1]) + gumbel(noise[-2])
+        picked = tail[min(int(np.searchsorted(mass, noise[-1] * mass[-1], side="right")), mass.size - 1)]
+        expected = head[np.argmax(race)] if race.max() >= shared else picked
+        assert sampling.draw(kept, 3, position) == expected

@@ -23,7 +23,7 @@ from mirror.tune import tune as tuning
 from mirror.tune.choices import Choice, Knowledge, Places, best_of_each, predict_mirror, predict_serial
 from mirror.tune.costs import PassCosts, RoundShares, mirror_ms, pass_costs, propose_ms, serial_ms
 from mirror.tune.measure import Speed, Workload, probe, sample_prompts, widest
-from mirror.tune.observe import Notes, ObservedDevice
+from mirror.tune.observe import Notes, observed
 from mirror.tune.outcomes import (
     Foresight,
     Sample,
@@ -202,7 +202,7 @@ def test_notes_keep_the_last_of_a_position_and_leave_out_prompts(bundle: Path) -
     notes.note_candidates("draft_trunk", np.array([3, 4]), np.array([[1, 2], [3, 4]]))
     notes.note_candidates("draft_trunk", np.array([4]), np.array([[5, 6]]))
     assert notes.table("draft_trunk", [3, 4, 5], 2).tolist() == [[1, 2], [5, 6], [-1, -1]]
-    device = ObservedDevice(CpuDevice(), notes)
+    device = observed(CpuDevice(), notes)
     assert (device.name, device.form) == ("cpu", CpuDevice().form)
 
 

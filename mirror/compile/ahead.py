@@ -20,7 +20,6 @@ from mirror.bundle import (
     Form,
     LayerKV,
     Manifest,
-    Segment,
     check_files,
     file_sha256,
     read_manifest,
@@ -30,7 +29,7 @@ from mirror.errors import DeviceError, RequestError
 from mirror.runtime.loading import load_draft, make_plan
 from mirror.runtime.options import EngineOptions
 from mirror.targets.artefacts import AS_IS, Quantized
-from mirror.targets.base import AheadCompiler, KVCache, PassShape, Tensor
+from mirror.targets.base import AheadCompiler, KVCache, LoadRequest, Tensor
 from mirror.targets.static_shapes import first_shapes, widths_of
 
 Say = Callable[[str], None]
@@ -75,12 +74,18 @@ def compile_bundle(
         raise RequestError("this bundle has no draft with graphs, and nothing else is compiled; export it with --draft")
     with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.compile-", dir=bundle.absolute().parent) as scratch:
         recorder = _Recorder(bundle, compiler, say, weights, Path(scratch))
-        load_draft(bundle, manifest, recorder, make_plan(manifest, options, shared_cpu=False))
+        # A CPU's programs are for so many threads, which depends on where the target runs.
+        shared = compiler.compiles_for == "openvino:CPU" and _is_cpu(manifest.settings.target_device or "cpu")
+        load_draft(bundle, manifest, recorder, make_plan(manifest, options, shared_cpu=shared))
     if recorder.made:
         _record(bundle, manifest, compiler.compiles_for, recorder.found)
     kept = [item for items in recorder.found.values() for item in items if item not in recorder.made]
     size = sum(path.stat().st_size for item in [*recorder.made, *kept] for path in _files(bundle, item))
     return CompileReport(compiler.compiles_for, tuple(recorder.made), tuple(kept), size)
+
+
+def _is_cpu(device: str) -> bool:
+    return device == "cpu" or device.startswith("openvino:CPU")
 
 
 class _Recorder:
@@ -106,29 +111,25 @@ class _Recorder:
         """Compiled graphs hand their rows to the host."""
         return Form.ROWS
 
-    def load_segment(
-        self,
-        folder: Path,
-        segment: Segment,
-        *,
-        capacity: int,
-        shapes: Sequence[PassShape],
-        threads: int,
-        later: Sequence[PassShape] = (),
-    ) -> _Unloaded:
+    @property
+    def few_shapes(self) -> bool:
+        """As the device that will load them."""
+        return self._compiler.few_shapes
+
+    def load_segment(self, request: LoadRequest) -> _Unloaded:
         """Compile a segment for the shapes of its first passes; `later` ones stay for when they come."""
-        graph = segment.graphs.get(Form.ROWS)
+        name, graph = request.segment.name, request.segment.graphs.get(Form.ROWS)
         if graph is None:
-            raise DeviceError(f"{self.name} needs {segment.name} in rows form; export the bundle again")
-        for shape in first_shapes(graph, shapes):
-            item = self._compiler.fitting(self._folder, segment, shape, capacity, threads, self._weights)
+            raise DeviceError(f"{self.name} needs {name} in rows form; export the bundle again")
+        for shape in first_shapes(graph, request.shapes):
+            item = self._compiler.fitting(request, shape, self._weights)
             if item is None:
                 self._quantized = self._quantized or self._quantize()
-                self._say(f"compiling {segment.name} for {self.name}: {shape.width} rows, {capacity} slots")
-                item = self._compiler.compile_segment(self._folder, segment, shape, capacity, threads, self._quantized)
+                self._say(f"compiling {name} for {self.name}: {shape.width} rows, {request.capacity} slots")
+                item = self._compiler.compile_segment(request, shape, self._quantized)
                 self.made.append(item)
-            self.found.setdefault(segment.name, []).append(item)
-        return _Unloaded(widths_of(shapes))
+            self.found.setdefault(name, []).append(item)
+        return _Unloaded(widths_of(request.shapes))
 
     def _quantize(self) -> Quantized | None:
         """Make the draft with quantized weights, None where they stay as they are."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mirror.bench.prompts import load_prompts
-from mirror.bundle import Form, LayerKV, Segment, read_manifest
+from mirror.bundle import Form, read_manifest
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Meeting
 from mirror.runtime.engine import Engine
@@ -21,9 +21,10 @@ from mirror.runtime.model_draft import ModelDraft
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Mode
 from mirror.runtime.text import TextCodec
-from mirror.targets.base import Array, Device, KVCache, LoadedSegment, PassShape, Tensor, to_host
+from mirror.targets.base import Array, Device, Tensor, to_host
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.static_shapes import PAST_PREFIX
+from mirror.targets.watched import Pass, WatchedDevice
 
 MAX_LENGTH = 512
 LONGEST_PROMPT = 320  # tokens
@@ -65,78 +66,31 @@ def open_draft(bundle: Path, device: Device) -> tuple[ModelDraft, int]:
     return draft, plan.gamma
 
 
-class RecordingDevice:
-    """ONNX Runtime's CPU over graphs in rows form, which keeps the inputs of every pass of each segment."""
-
-    def __init__(self) -> None:
-        self._inner = CpuDevice(Form.ROWS)
-        self.passes: dict[str, list[Mapping[str, Array]]] = {}
-
-    @property
-    def name(self) -> str:
-        """It is the CPU."""
-        return "cpu"
-
-    @property
-    def form(self) -> Form:
-        """Rows."""
-        return Form.ROWS
-
-    def load_segment(
-        self,
-        folder: Path,
-        segment: Segment,
-        *,
-        capacity: int,
-        shapes: Sequence[PassShape],
-        threads: int,
-        later: Sequence[PassShape] = (),
-    ) -> LoadedSegment:
-        """Load a segment whose passes are kept."""
-        inner = self._inner.load_segment(
-            folder, segment, capacity=capacity, shapes=shapes, threads=threads, later=later
-        )
-        return _RecordedSegment(inner, self.passes.setdefault(segment.name, []))
-
-    def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> KVCache:
-        """Return a cache of the CPU's."""
-        return self._inner.make_cache(layers, capacity)
+Recorded = dict[str, list[Mapping[str, Array]]]
 
 
-class _RecordedSegment:
-    """A segment that keeps a copy of what it is fed."""
+def recording_device(passes: Recorded) -> Device:
+    """Return ONNX Runtime's CPU over graphs in rows form; the inputs of every pass are kept, by segment."""
+    return WatchedDevice(CpuDevice(Form.ROWS), lambda item: _recorded(item, passes))
 
-    def __init__(self, inner: LoadedSegment, passes: list[Mapping[str, Array]]) -> None:
-        self._inner = inner
-        self._passes = passes
 
-    @property
-    def widths(self) -> tuple[int, ...] | None:
-        """Any."""
-        return self._inner.widths
-
-    @property
-    def input_names(self) -> frozenset[str]:
-        """Those of the graph."""
-        return self._inner.input_names
-
-    def run(self, feeds: Mapping[str, Tensor], cache: KVCache | None, past_length: int) -> Mapping[str, Tensor]:
-        """Keep the inputs, and the cache as it is before the pass; run it."""
-        kept = {name: to_host(feeds[name]).copy() for name in self._inner.input_names}
-        buffers = getattr(cache, "buffers", {})
-        kept |= {name: buffer.numpy().copy() for name, buffer in buffers.items() if name.startswith(PAST_PREFIX)}
-        self._passes.append(kept)
-        return self._inner.run(feeds, cache, past_length)
+def _recorded(item: Pass, passes: Recorded) -> Mapping[str, Tensor]:
+    """Keep a copy of a pass's inputs, and of the cache as it is before the pass; run it."""
+    kept = {name: to_host(item.feeds[name]).copy() for name in item.inner.input_names}
+    buffers = getattr(item.cache, "buffers", {})
+    kept |= {name: buffer.numpy().copy() for name, buffer in buffers.items() if name.startswith(PAST_PREFIX)}
+    passes.setdefault(item.segment, []).append(kept)
+    return item.run()
 
 
 def calibration_passes(bundle: Path) -> Mapping[str, Sequence[Mapping[str, Array]]]:
     """Return inputs of passes of each draft segment, caches included: windows and one branch's rollouts."""
     prompts = [prompt.text for prompt in load_prompts(PROMPTS_PER_KIND)]
-    device = RecordingDevice()
-    draft, gamma = open_draft(bundle, device)
+    recorded: Recorded = {}
+    draft, gamma = open_draft(bundle, recording_device(recorded))
     for text in answers(bundle, prompts, ANSWER_TOKENS):
         _read_and_draft(draft, gamma, text)
-    return {name: passes[::EVERY] for name, passes in device.passes.items()}
+    return {name: passes[::EVERY] for name, passes in recorded.items()}
 
 
 def _read_and_draft(draft: ModelDraft, gamma: int, text: Text) -> None:

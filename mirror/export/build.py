@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from mirror.bundle import (
 )
 from mirror.errors import ExportError
 from mirror.export.bind import Binder, Precision
+from mirror.export.chat_format import chat_format
 from mirror.export.checkpoint import Checkpoint, eos_ids, open_checkpoint, tokenizer_fingerprint
 from mirror.export.cut import exit_layer_of
 from mirror.export.distilled import Defaults, open_distilled
@@ -150,7 +152,8 @@ class _Job:
         )
         producer = Producer(__version__, self.checkpoint.name, " ".join(["mirror", *sys.argv[1:]]))
         files, settings = self._files(folder), self._settings(draft)
-        manifest = Manifest(SCHEMA_VERSION, producer, facts, decoding, tokens, draft, segments, files, settings)
+        chat = chat_format(folder)
+        manifest = Manifest(SCHEMA_VERSION, producer, facts, decoding, tokens, draft, segments, files, settings, chat)
         write_manifest(folder, manifest)
         self.progress.start("self-check", None)
         report = check(folder, manifest, self.checkpoint)
@@ -273,10 +276,11 @@ class _Job:
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         self.progress.start("hash", sum(path.stat().st_size for path in paths))
         files = {}
-        for path in paths:
-            size = path.stat().st_size
-            files[path.relative_to(folder).as_posix()] = FileFacts(size, file_sha256(path))
-            self.progress.advance(size)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
+            for path, digest in zip(paths, pool.map(file_sha256, paths), strict=True):
+                size = path.stat().st_size
+                files[path.relative_to(folder).as_posix()] = FileFacts(size, digest)
+                self.progress.advance(size)
         return files
 
 

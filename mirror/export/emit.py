@@ -124,6 +124,14 @@ class Emitter:
             self._cached[key] = self.cast(size, ir.DataType.INT32)
         return self._cached[key]
 
+    def range_to(self, stop: ir.Value) -> ir.Value:
+        """Return int32 `[stop]`: 0, 1, 2...; `stop` is an int32 scalar that the graph is given, in host memory."""
+        key = f"range_to.{stop.name}"
+        if key not in self._cached:
+            zero, one = (self.constant(f"int32_scalar_{n}", np.array(n, np.int32)) for n in (0, 1))
+            self._cached[key] = self.op("Range", [zero, stop, one])
+        return self._cached[key]
+
     def range(self, stop: ir.Value) -> ir.Value:
         """Return int32 `[stop]`: 0, 1, 2...; `stop` is int32 `[1]`."""
         key = f"range.{stop.name}.{id(stop)}"

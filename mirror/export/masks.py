@@ -46,13 +46,14 @@ class Masks:
         return self._made[window]
 
     def _inplace(self, window: int) -> ir.Value:
-        """Return bool `[width, total]`: keys are the slots up to this pass's last row."""
+        """Return bool `[width, capacity]`: keys are all slots of the buffer.
+
+        With branches `total_sequence_length` is the capacity in every pass, so all shapes are the same in every
+        pass, and no number leaves the host but that one: a pass can be recorded.
+        """
         emit = self.emit
-        total = emit.reshape(emit.input("total_sequence_length"), 1)
-        slots = emit.range(total)
-        seen = self._trunk(slots, window)
-        owners = emit.op("Slice", [emit.input("slot_branch"), emit.int64s(0), emit.cast(total, ir.DataType.INT64)])
-        return emit.op("Or", [seen, self._same_branch(owners)])
+        seen = self._trunk(emit.range_to(emit.input("total_sequence_length")), window)
+        return emit.op("Or", [seen, self._same_branch(emit.input("slot_branch"))])
 
     def _rows(self, window: int) -> ir.Value:
         """Return bool `[width, capacity + width]`: keys are the buffer's slots, then this pass's rows."""

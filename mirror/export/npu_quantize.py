@@ -1,9 +1,9 @@
-"""A draft whose linear layers are whole numbers, for NPUs: weights in 8 or 4 bits, what they multiply in 16.
+"""A draft whose linear layers are whole numbers, for NPUs: weights in 8 bits and what they multiply in 16, or in 4.
 
-The rows form gets quantize/dequantize pairs around each product with a weight, by ONNX Runtime's own quantizer;
-ranges come from passes that the caller recorded on real text. Everything else (norms, rotary, attention, the choice
-of tokens) stays in floating point, which an NPU computes in float16: squares in a norm span too much for 16 bits,
-and a mask that hides would leave nothing of a score's range.
+In 8 bits the rows form gets quantize/dequantize pairs around each product with a weight, by ONNX Runtime's own
+quantizer; ranges come from passes that the caller recorded on real text. Everything else (norms, rotary, attention,
+the choice of tokens) stays in floating point, which an NPU computes in float16: squares in a norm span too much for
+16 bits, and a mask that hides would leave nothing of a score's range. 4 bits are `npu_blocks`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from mirror.bundle import FileFacts, Form, check_files, file_sha256, read_manifest, write_manifest
 from mirror.errors import ExportError
+from mirror.export.npu_blocks import Feeds, round_graphs
 
-Feeds = Mapping[str, NDArray[Any]]
 DRAFT_SEGMENTS = ("draft", "draft_trunk")
 
 
 class WeightBits(Enum):
-    """How a weight is stored: whole numbers with one scale per output channel."""
+    """How a weight is stored: in 8 bits with a scale per output, in 4 with a scale per output and 16 inputs."""
 
     INT8 = "int8"
     INT4 = "int4"
@@ -42,7 +42,7 @@ def quantize_draft(bundle: Path, output: Path, bits: WeightBits, passes: Mapping
         passes: for each draft segment, the inputs of some passes over real text, caches included.
 
     Raises:
-        ExportError: the output is there already, or the bundle has no draft with graphs.
+        ExportError: the output is there already, or the bundle has no draft with graphs, or not in float32.
     """
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
@@ -54,11 +54,12 @@ def quantize_draft(bundle: Path, output: Path, bits: WeightBits, passes: Mapping
         raise ExportError(f"{output} is there already; give another folder")
     shutil.copytree(bundle, output, copy_function=_link)
     segments, files = dict(manifest.segments), dict(manifest.files)
-    for name in DRAFT_SEGMENTS:
-        graph = manifest.segments[name].graphs[Form.ROWS]
-        file = f"{name}.rows.{bits.value}.onnx"
-        _quantize_graph(bundle / graph.file, output / file, bits, passes[name])
-        forms = {**manifest.segments[name].graphs, Form.ROWS: dataclasses.replace(graph, file=file)}
+    written = {name: f"{name}.rows.{bits.value}.onnx" for name in DRAFT_SEGMENTS}
+    sources = {name: bundle / manifest.segments[name].graphs[Form.ROWS].file for name in DRAFT_SEGMENTS}
+    _quantize_graphs(sources, {name: output / file for name, file in written.items()}, bits, passes)
+    for name, file in written.items():
+        graph = dataclasses.replace(manifest.segments[name].graphs[Form.ROWS], file=file)
+        forms = {**manifest.segments[name].graphs, Form.ROWS: graph}
         segments[name] = dataclasses.replace(manifest.segments[name], graphs=forms, compiled=())
         for path in (output / file, output / f"{file}.data"):
             files[path.name] = FileFacts(path.stat().st_size, file_sha256(path))
@@ -74,29 +75,43 @@ def _link(source: str, target: str) -> str:
     return target
 
 
-def _quantize_graph(source: Path, target: Path, bits: WeightBits, passes: Sequence[Feeds]) -> None:
+def _quantize_graphs(
+    sources: Mapping[str, Path], targets: Mapping[str, Path], bits: WeightBits, passes: Mapping[str, Sequence[Feeds]]
+) -> None:
+    folded = {name: target.with_suffix(".folded.onnx") for name, target in targets.items()}
+    for name, source in sources.items():
+        _fold(source, folded[name])
+    if not all(map(_multiplies_weights, folded.values())):
+        raise ExportError(
+            f"the draft's weights are not in float32, which is what {bits.value} is made from; export the bundle with "
+            "--precision fp32, or compile it with --weights as-is"
+        )
+    if bits is WeightBits.INT4:
+        round_graphs(folded, targets, passes)
+    else:
+        for name, target in targets.items():
+            _quantize_products(folded[name], target, passes[name])
+    for path in (path for one in folded.values() for path in one.parent.glob(f"{one.name}*")):
+        path.unlink()
+
+
+def _quantize_products(source: Path, target: Path, passes: Sequence[Feeds]) -> None:
+    """Write a graph whose products with a weight compute in 8 and 16 bits."""
     from onnxruntime.quantization import QuantType, quantize
     from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
 
-    folded = target.with_suffix(".folded.onnx")
-    _fold(source, folded)
-    weights, others = _products(folded)
-    precise = {name: [{"quant_type": QuantType.QInt4, "axis": 1, "symmetric": True}] for name in weights}
     config = get_qnn_qdq_config(
-        folded,
+        source,
         _Recorded(passes),
         activation_type=QuantType.QUInt16,
         weight_type=QuantType.QInt8,
         weight_symmetric=True,
         per_channel=True,
-        init_overrides=precise if bits is WeightBits.INT4 else None,
         op_types_to_quantize=["MatMul"],
-        nodes_to_exclude=others,
+        nodes_to_exclude=_weightless_products(source),
     )
     config.use_external_data_format = True
-    quantize(folded, target, config)
-    for path in target.parent.glob(f"{folded.name}*"):
-        path.unlink()
+    quantize(source, target, config)
 
 
 def _fold(source: Path, target: Path) -> None:
@@ -116,15 +131,22 @@ def _fold(source: Path, target: Path) -> None:
     onnx.save(model, target)
 
 
-def _products(path: Path) -> tuple[list[str], list[str]]:
-    """Return the weights that a graph multiplies with, and the names of its products without one."""
+def _multiplies_weights(path: Path) -> bool:
+    """Return whether a graph has a product with a weight; others than float32 are cast or in blocks before theirs."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
     known = {item.name for item in graph.initializer}
-    products = [node for node in graph.node if node.op_type == "MatMul"]
-    weights = sorted({node.input[1] for node in products if node.input[1] in known})
-    return weights, [node.name for node in products if node.input[1] not in known]
+    return any(node.op_type == "MatMul" and node.input[1] in known for node in graph.node)
+
+
+def _weightless_products(path: Path) -> list[str]:
+    """Return the names of a graph's products of two computed values."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    known = {item.name for item in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in known]
 
 
 class _Recorded:

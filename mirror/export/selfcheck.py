@@ -277,7 +277,7 @@ class _Runner:
             "position_ids": np.arange(past, past + width, dtype=np.int64)[None],
             "logit_rows": np.array([width - 1], np.int64),
             "seqlens_k": np.array([past + width - 1], np.int32),
-            "total_sequence_length": np.array(past + width, np.int32),
+            "total_sequence_length": np.array(self.capacity if "slot_branch" in given else past + width, np.int32),
             **given,
         }
         binding = self.session.io_binding()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,10 @@ from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Ints, Mode
 from mirror.runtime.target import Target, TargetSegments
 from mirror.runtime.threads import physical_cores, split_threads
-from mirror.targets.base import Device, PassShape
+from mirror.targets.base import Device, LoadRequest, PassShape
+
+# Up to so many rows an NPU takes little longer than for one: it waits for its weights, and multiplies in tiles.
+_PADDED_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -177,8 +180,7 @@ def load_target(
     names = ("target_prefix", "exit_head", "target_suffix")
     segments = [(_segment(manifest, name), other if name == "target_suffix" else device) for name in names]
     prefix, exit_head, suffix = (
-        place.load_segment(folder, segment, capacity=capacity, shapes=shapes, threads=threads)
-        for segment, place in segments
+        place.load_segment(LoadRequest(folder, segment, shapes, capacity, threads)) for segment, place in segments
     )
     prefix_cache, suffix_cache = (
         place.make_cache(segment.kv, capacity) for segment, place in (segments[0], segments[2])
@@ -210,22 +212,35 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
         vocab_size=facts.vocab_size,
         target_vocab_size=manifest.model.vocab_size,
         prefill_chunk=manifest.decoding.prefill_chunk,
-        gamma=plan.gamma,
         tokens_per_pass=plan.tokens_per_pass,
     )
-    threads, window, steps = plan.draft_threads, [PassShape(plan.gamma + 1)], _draft_shapes(plan)
+    threads, window, steps = plan.draft_threads, [PassShape(plan.gamma + 1)], draft_shapes(plan, few=device.few_shapes)
     segments = DraftSegments(
-        device.load_segment(folder, trunk, capacity=capacity, shapes=window, threads=threads, later=steps),
-        device.load_segment(folder, branch, capacity=capacity, shapes=steps, threads=threads),
+        device.load_segment(LoadRequest(folder, trunk, window, capacity, threads, later=steps)),
+        device.load_segment(LoadRequest(folder, branch, steps, capacity, threads)),
         device.make_cache(branch.kv, capacity),
     )
     return ModelDraft(segments, shape, plan.source, plan.fanout, _features(manifest, facts, device, plan))
 
 
-def _draft_shapes(plan: Plan) -> list[PassShape]:
-    """Return the passes of a proposal and of a rollout: one branch's, and all branches'."""
+def draft_shapes(plan: Plan, *, few: bool) -> list[PassShape]:
+    """Return the passes of a rollout and of a proposal, ascending: all branches', and one branch's.
+
+    Args:
+        few: leave out one branch's where the program of all branches', padded, serves it as well.
+    """
     passes = branch_passes(plan.tokens_per_pass, plan.gamma)
-    return sorted({PassShape(count * item.rows, count * item.gives) for item in passes for count in (1, plan.branches)})
+    whole, single = (
+        {PassShape(count * item.rows, count * item.gives) for item in passes} for count in (plan.branches, 1)
+    )
+    return sorted(whole | {shape for shape in single if not (few and _is_covered(shape, whole))})
+
+
+def _is_covered(narrow: PassShape, shapes: Collection[PassShape]) -> bool:
+    """Return whether the least width that holds a pass gives the logits that it wants, and costs no more."""
+    width = min((shape.width for shape in shapes if shape.width >= narrow.width), default=_PADDED_WIDTH + 1)
+    enough = any(shape.width == width and shape.rows >= narrow.rows for shape in shapes)
+    return enough and width <= _PADDED_WIDTH
 
 
 def _features(manifest: Manifest, facts: DraftFacts, device: Device, plan: Plan) -> FeatureStore | None:

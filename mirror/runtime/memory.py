@@ -6,18 +6,18 @@ few fields of the ONNX format that say so are read here: no runtime library is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mirror.bundle import Form, LayerKV, Segment
 from mirror.errors import DeviceError
+from mirror.runtime.wire import messages
 from mirror.targets.base import FreeMemory
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 # Field numbers of ONNX's protocol buffers.
 _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW, _TENSOR_EXTERNAL, _KEY, _VALUE = 7, 5, 9, 13, 1, 2
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,7 @@ def weight_bytes(path: Path) -> int:
     """Return the bytes of all weights that an ONNX file holds or refers to."""
     data = memoryview(path.read_bytes())
     return sum(
-        _tensor_bytes(tensor)
-        for graph in _messages(data, _MODEL_GRAPH)
-        for tensor in _messages(graph, _GRAPH_INITIALIZER)
+        tensor_bytes(tensor) for graph in messages(data, _MODEL_GRAPH) for tensor in messages(graph, _GRAPH_INITIALIZER)
     )
 
 
@@ -93,39 +91,10 @@ def _gib(count: int) -> str:
 # --- the ONNX file --------------------------------------------------------------------------------
 
 
-def _tensor_bytes(tensor: memoryview) -> int:
+def tensor_bytes(tensor: memoryview) -> int:
     """Return the bytes of one initializer: inside the file, or where its `length` entry says how many."""
-    inside = sum(len(raw) for raw in _messages(tensor, _TENSOR_RAW))
-    for entry in _messages(tensor, _TENSOR_EXTERNAL):
-        if bytes(next(_messages(entry, _KEY), b"")) == b"length":
-            return inside + int(bytes(next(_messages(entry, _VALUE))))
+    inside = sum(len(raw) for raw in messages(tensor, _TENSOR_RAW))
+    for entry in messages(tensor, _TENSOR_EXTERNAL):
+        if bytes(next(messages(entry, _KEY), b"")) == b"length":
+            return inside + int(bytes(next(messages(entry, _VALUE))))
     return inside
-
-
-def _messages(data: memoryview, wanted: int) -> Iterator[memoryview]:
-    """Yield the contents of every length-delimited field with this number."""
-    place = 0
-    while place < len(data):
-        tag, place = _varint(data, place)
-        number, kind = tag >> 3, tag & 7
-        if kind == _BYTES:
-            length, place = _varint(data, place)
-            if number == wanted:
-                yield data[place : place + length]
-            place += length
-        elif kind == _VARINT:
-            _, place = _varint(data, place)
-        else:
-            place += {_FIXED64: 8, _FIXED32: 4}[kind]
-
-
-def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    """Return the number that begins at a place, seven bits to a byte, and the place after it."""
-    number = shift = 0
-    while True:
-        byte = data[place]
-        place += 1
-        number |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return number, place

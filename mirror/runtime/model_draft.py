@@ -42,7 +42,6 @@ class DraftShape:
         vocab_size: its own vocabulary, rows of its embedding; the first stream's id.
         target_vocab_size: tokens past it are never proposed.
         prefill_chunk: the most rows of a pass, where the device takes any.
-        gamma: the most tokens of a window after its first.
         tokens_per_pass: tokens that pass 0, 1, ... gives a branch; the last number repeats.
     """
 
@@ -51,7 +50,6 @@ class DraftShape:
     vocab_size: int
     target_vocab_size: int
     prefill_chunk: int
-    gamma: int
     tokens_per_pass: tuple[int, ...] = (1,)
 
 
@@ -76,7 +74,7 @@ class ModelDraft:
         self._source = source
         self._fanout = fanout
         self._features = features
-        self._pool = FeedPool(shape.capacity, shape.max_positions)
+        self._pool = FeedPool(shape.capacity, shape.max_positions, branches=True)
         self._log = SpanLog(Lane.DRAFT)
         self._filled = 0
         self._known = 0  # positions whose exit state is that of the context

@@ -18,6 +18,8 @@ from mirror.runtime.records import Candidates, Floats, Ints
 
 # Kept tokens with a Gumbel of their own; the others share one.
 HEAD_TOKENS = 64
+_BLOCK = 64  # scores whose maximum stands for them in the search for the likeliest
+_FLOAT32_SLACK = 1e-4  # of a sum of exponentials: far more than float32 gets wrong
 _TAIL_AND_PICK = np.array([TAIL_TOKEN, PICK_TOKEN], np.int64)
 
 
@@ -78,8 +80,10 @@ def process(logits: Floats, params: SamplingParams, seen: NDArray[np.bool_] | No
         seen: bool [vocab], the tokens of the context; None without a repetition penalty.
     """
     scores = penalised(logits, params.repetition_penalty, seen).astype(np.float64) / params.temperature
-    ids = np.flatnonzero(scores > -np.inf)
-    scores = scores[ids]
+    finite = scores > -np.inf
+    ids = np.arange(scores.size) if finite.all() else np.flatnonzero(finite)
+    if ids.size < scores.size:
+        scores = scores[ids]
     scores -= scores.max()
     if 0 < params.top_k < ids.size:
         # As transformers does: ties with the k-th token stay.
@@ -115,14 +119,20 @@ def _top_p(scores: F64, top_p: float) -> NDArray[np.bool_]:
 
 def _likeliest(scores: F64, count: int) -> Ints:
     """Return the indices of the `count` greatest scores, greatest first, ties by lower index."""
-    if count < scores.size:
-        least = np.partition(scores, scores.size - count)[scores.size - count]
-        inside = np.flatnonzero(scores >= least)
-    else:
-        inside = np.arange(scores.size)
+    inside = np.flatnonzero(scores >= _not_above(scores, count)) if count < scores.size else np.arange(scores.size)
     order = np.argsort(-scores[inside], kind="stable")
     result: Ints = inside[order[:count]]
     return result
+
+
+def _not_above(scores: F64, count: int) -> float:
+    """Return a number that at least `count` scores reach, and not many more."""
+    whole = scores.size // _BLOCK * _BLOCK
+    if whole // _BLOCK < 2 * count:
+        return float(np.partition(scores, scores.size - count)[scores.size - count])
+    # Each of the `count` blocks with the greatest maxima has one such score: far cheaper than a partition.
+    greatest = scores[:whole].reshape(-1, _BLOCK).max(axis=1)
+    return float(np.partition(greatest, greatest.size - count)[greatest.size - count])
 
 
 def draw(kept: Kept, seed: int, position: int) -> int:
@@ -141,6 +151,8 @@ def draw(kept: Kept, seed: int, position: int) -> int:
     noise = uniforms(seed, position, np.append(kept.ids[head], _TAIL_AND_PICK))
     race = kept.scores[head] + gumbel(noise[:-2])
     winner = int(np.argmax(race))
+    if race[winner] > _tail_at_most(kept.scores, head) + gumbel(noise[-2]):
+        return int(kept.ids[head[winner]])
     tail = np.ones(kept.ids.size, np.bool_)
     tail[head] = False
     mass = np.cumsum(np.exp(kept.scores[tail]))
@@ -151,6 +163,15 @@ def draw(kept: Kept, seed: int, position: int) -> int:
         return int(kept.ids[head[winner]])
     index = min(int(np.searchsorted(mass, noise[-1] * mass[-1], side="right")), mass.size - 1)
     return int(kept.ids[tail][index])
+
+
+def _tail_at_most(scores: F64, head: Ints) -> float:
+    """Return a number just above the log of the mass of all scores but the head's.
+
+    In float32, which takes a fraction of the time, so that most draws need no more of the tail.
+    """
+    mass = float(np.exp(scores.astype(np.float32)).sum(dtype=np.float64))
+    return float(np.log(max(mass - float(np.exp(scores[head]).sum()), 0.0) + _FLOAT32_SLACK * mass))
 
 
 @dataclass(frozen=True)

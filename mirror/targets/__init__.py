@@ -65,8 +65,8 @@ def open_compiler(name: str) -> AheadCompiler:
         from mirror.targets.qnn import open_qnn_compiler
 
         return open_qnn_compiler(parse_device_name(f"qnn:htp:{rest}").chip or rest)
-    parsed = parse_device_name(name)
-    if parsed.family is not DeviceFamily.OPENVINO:
+    parsed = None if family == "npu" else parse_device_name(name)
+    if parsed is None or parsed.family is not DeviceFamily.OPENVINO:
         raise DeviceError(
             f"nothing is compiled ahead of time for {name}; the choices are qnn:v73 (an architecture), openvino:CPU, "
             "openvino:GPU, openvino:NPU"

@@ -52,6 +52,26 @@ class FreeMemory:
     bytes: int | None
 
 
+@dataclass(frozen=True)
+class LoadRequest:
+    """A segment of a bundle, and the passes that it is to be loaded for.
+
+    Attributes:
+        folder: the bundle's.
+        shapes: the passes it will be asked for; a device that compiles ahead compiles these.
+        capacity: slots of the cache it will run with.
+        threads: CPU threads it may use; meaningless on other devices.
+        later: passes that it may be asked for; compiled when first asked.
+    """
+
+    folder: Path
+    segment: Segment
+    shapes: Sequence[PassShape]
+    capacity: int
+    threads: int
+    later: Sequence[PassShape] = ()
+
+
 class DeviceTensor(Protocol):
     """A tensor that may live on a device; only a segment on the same device can take it as it is."""
 
@@ -123,23 +143,13 @@ class Device(Protocol):
         """The cache form of the graphs that this device takes."""
         ...
 
-    def load_segment(
-        self,
-        folder: Path,
-        segment: Segment,
-        *,
-        capacity: int,
-        shapes: Sequence[PassShape],
-        threads: int,
-        later: Sequence[PassShape] = (),
-    ) -> LoadedSegment:
-        """Load a segment of the bundle at `folder`.
+    @property
+    def few_shapes(self) -> bool:
+        """Whether each shape is a program so slow to make that narrow passes should use a wider one's."""
+        ...
 
-        Args:
-            capacity: slots of the cache it will run with.
-            shapes: the passes it will be asked for; a device that compiles ahead compiles these.
-            later: passes that it may be asked for; compiled when first asked.
-            threads: CPU threads it may use; meaningless on other devices.
+    def load_segment(self, request: LoadRequest) -> LoadedSegment:
+        """Load a segment of a bundle.
 
         Raises:
             DeviceError: the device can't take this segment.
@@ -159,32 +169,21 @@ class AheadCompiler(Protocol):
         """The device in the artefacts' records: `qnn:v73`, `openvino:CPU`."""
         ...
 
-    def fitting(
-        self,
-        folder: Path,
-        segment: Segment,
-        shape: PassShape,
-        capacity: int,
-        threads: int,
-        weights: str | None = None,
-    ) -> Compiled | None:
-        """Return the artefact that a bundle already has for these sizes, None where none would be used.
+    @property
+    def few_shapes(self) -> bool:
+        """As the device's."""
+        ...
+
+    def fitting(self, request: LoadRequest, shape: PassShape, weights: str | None = None) -> Compiled | None:
+        """Return the artefact that a bundle already has for one pass of a request, None where none would be used.
 
         Args:
             weights: how they must be stored, as in `artefacts.Wanted`.
         """
         ...
 
-    def compile_segment(
-        self,
-        folder: Path,
-        segment: Segment,
-        shape: PassShape,
-        capacity: int,
-        threads: int,
-        quantized: Quantized | None = None,
-    ) -> Compiled:
-        """Compile a segment for fixed sizes into the bundle's folder; return its record.
+    def compile_segment(self, request: LoadRequest, shape: PassShape, quantized: Quantized | None = None) -> Compiled:
+        """Compile a segment for one pass of a request into the bundle's folder; return its record.
 
         Args:
             quantized: what to compile in place of the bundle's own graph.

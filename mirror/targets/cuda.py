@@ -7,10 +7,8 @@ a session really runs on the GPU is checked when it is made: ONNX Runtime would 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime as ort
@@ -25,23 +23,23 @@ PROVIDER = "CUDAExecutionProvider"
 INSTALL_CUDA = 'pip install "mirror-sd[cuda]" && pip install --force-reinstall --no-deps "onnxruntime-gpu>=1.31,<1.33"'
 
 _NAME_BYTES = 256
-# In the message by which ONNX Runtime refuses to record a graph some of whose nodes run on the CPU.
-_NOT_RECORDABLE = "graph capture"
 # What a GPU must compute itself: on the CPU it would copy the whole cache there and back in every layer.
 _ATTENTION = "GroupQueryAttention"
 
 
 class CudaDevice(OnnxRuntimeDevice):
-    """One NVIDIA GPU, by its index in the driver's list.
+    """One NVIDIA GPU, by its index in the driver's list. Its passes are recorded as CUDA graphs, one per width.
 
-    What runs in the foreground (a target) is recorded as CUDA graphs, one per width. What runs in the
-    background (a draft) computes on an urgent stream, so that its small kernels find their way between
-    those of a target that fills the GPU; recorded ones would lose that.
+    A draft's computes on an urgent stream, so that its small kernels find their way between those of a
+    target that fills the GPU.
+
+    Attributes:
+        stream: what its passes are launched on.
     """
 
-    def __init__(self, index: int, stream: DeviceStream, *, background: bool = False) -> None:
+    def __init__(self, index: int, stream: DeviceStream) -> None:
         super().__init__(f"cuda:{index}", cuda_provider(index, stream), Form.INPLACE)
-        self._records = not background
+        self.stream = stream
 
     def session_options(self, segment_name: str, threads: int) -> ort.SessionOptions:
         """Return the options of one segment's session, which tell afterwards what runs where."""
@@ -50,24 +48,13 @@ class CudaDevice(OnnxRuntimeDevice):
         return options
 
     def _open_session(self, path: Path, segment_name: str, threads: int) -> tuple[ort.InferenceSession, Provider]:
-        session, provider = self._recorded_session(path, segment_name, threads)
+        session, provider = super()._open_session(path, segment_name, threads)
         if _ATTENTION in _operators_elsewhere(session):
             raise DeviceError(
                 f"{self.name} computes attention in fp16 and bf16, and {path.name} needs it in float32; export the "
                 "bundle with --precision fp16, bf16, int8-fp16 or int4-fp16"
             )
         return session, provider
-
-    def _recorded_session(self, path: Path, segment_name: str, threads: int) -> tuple[ort.InferenceSession, Provider]:
-        """Return a session whose passes are recorded, where that is wanted and its graph allows it."""
-        if self._records:
-            recording = _recording(self._provider)
-            try:
-                return self._session_on(recording, path, segment_name, threads), recording
-            except DeviceError as error:
-                if _NOT_RECORDABLE not in str(error):
-                    raise
-        return self._session_on(self._provider, path, segment_name, threads), self._provider
 
 
 def _operators_elsewhere(session: ort.InferenceSession) -> set[str]:
@@ -94,14 +81,10 @@ def cuda_provider(index: int, stream: DeviceStream) -> Provider:
         # GroupQueryAttention chooses its kernel by it, and builds a new plan for every new number.
         sized_inputs=frozenset({"total_sequence_length"}),
         stream=stream,
+        replays=True,
         # A width met for the first time costs plans and a recording: prompts take the widest, padded.
         fixed_widths=True,
     )
-
-
-def _recording(provider: Provider) -> Provider:
-    options: Mapping[str, str] = {**provider.options, "enable_cuda_graph": "1"}
-    return dataclasses.replace(provider, options=options, replays=True)
 
 
 def open_cuda(index: int, *, background: bool = False) -> CudaDevice:
@@ -122,7 +105,7 @@ def open_cuda(index: int, *, background: bool = False) -> CudaDevice:
         raise DeviceError(f"cuda:{index} isn't there: the driver lists {listed}; use one of these")
     # Finds the CUDA and cuDNN libraries that come as Python packages.
     ort.preload_dlls()
-    return CudaDevice(index, CudaStream(index, urgent=background), background=background)
+    return CudaDevice(index, CudaStream(index, urgent=background))
 
 
 def cuda_missing() -> str | None:

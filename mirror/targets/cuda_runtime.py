@@ -2,6 +2,9 @@
 
 A session that is told to compute on a stream of ours doesn't wait for it, so neither do we: inputs are copied,
 passes are launched and outputs are copied in the stream's order, and only whoever reads an output waits.
+
+Passes are recorded here too, rather than by ONNX Runtime. Its recordings run at one priority whatever the
+stream's, and while it records, any other thread's call may spoil the recording.
 """
 
 from __future__ import annotations
@@ -9,10 +12,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-import threading
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,17 @@ _NON_BLOCKING = 1  # the stream doesn't wait for the default stream's work
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 _NO_TIMING = 2  # an event that only orders
 
-# While a pass is recorded, CUDA refuses other threads' calls, and they spoil the recording: unless a thread
-# has said that it minds its own recordings only. A draft, which always has a recording target beside it,
-# stays out of its way besides: whoever records holds the lock, and so does whoever calls for a draft.
-_OWN_RECORDINGS_ONLY = 1
-_recording = threading.RLock()
-_thread = threading.local()
+# A recording of this kind leaves other threads alone, and lets its own allocate.
+_RELAXED = 2
+# A recording then runs at the priorities of the stream that it was made on.
+_OWN_PRIORITIES = 8
+
+_KERNEL, _MEMCPY, _MEMSET, _HOST_CALL, _EMPTY, _ALLOCATE, _FREE = 0, 1, 2, 3, 5, 10, 11
+_REPLAYABLE = (_KERNEL, _MEMCPY, _MEMSET, _EMPTY, _ALLOCATE, _FREE)
+# Words of `cudaMemcpy3DParms`, and which of them are the pointers.
+_COPY_WORDS, _COPY_SOURCE, _COPY_TARGET = 20, 4, 12
+_POINTER_FACTS_BYTES = 256  # more than `cudaPointerAttributes` has in any version
+_UNREGISTERED, _PINNED = 0, 1  # kinds of memory; the others are a device's
 
 
 class CudaStream:
@@ -47,7 +53,6 @@ class CudaStream:
             DeviceError: the CUDA runtime is missing or failed.
         """
         self._index = index
-        self._beside: AbstractContextManager[object] = _recording if urgent else nullcontext()
         least, greatest, stream = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
         self._select()
         _call("cudaDeviceGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest))
@@ -60,9 +65,8 @@ class CudaStream:
         """Return a zeroed host array that the GPU copies to and from without a detour."""
         size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
         address = ctypes.c_void_p()
-        with self._beside:
-            self._select()
-            _call("cudaHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), ctypes.c_uint(0))
+        self._select()
+        _call("cudaHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), ctypes.c_uint(0))
         assert address.value is not None
         block = (ctypes.c_byte * size).from_address(address.value)
         array: Array = np.ctypeslib.as_array(block).view(np.uint8)
@@ -82,18 +86,35 @@ class CudaStream:
 
     def download(self, target: Array, address: int) -> None:
         """Copy device memory to a pinned array, after all that was launched before, and wait for it."""
-        with self._beside:
-            self._copy(target.ctypes.data, address, target.nbytes, _DEVICE_TO_HOST)
-            self.wait()
+        self._copy(target.ctypes.data, address, target.nbytes, _DEVICE_TO_HOST)
+        self.wait()
 
     def wait(self) -> None:
         """Wait for all that was launched on this stream."""
-        with self._beside:
-            _call("cudaStreamSynchronize", self._stream)
+        _call("cudaStreamSynchronize", self._stream)
 
-    def guard(self, *, recording: bool) -> AbstractContextManager[object]:
-        """Return what to hold during a pass: nothing, unless it is or may meet one that is recorded."""
-        return _recording if recording else self._beside
+    def record(self, launch: Callable[[], None]) -> CudaRecording | None:
+        """Record what a call launches on this stream, without running it.
+
+        Returns:
+            The recording, None where what was launched can't be replayed; the stream is as before then.
+        """
+        self._select()
+        _call("cudaStreamBeginCapture", self._stream, ctypes.c_int(_RELAXED))
+        graph, failed = ctypes.c_void_p(), False
+        try:
+            launch()
+        except DeviceError:
+            failed = True  # run as usual, it will say why if that wasn't the recording's fault
+        finally:
+            failed |= _runtime().cudaStreamEndCapture(self._stream, ctypes.byref(graph)) != 0
+            _runtime().cudaGetLastError()  # or the next call would be told of it
+        if failed or not graph.value:
+            return None
+        try:
+            return CudaRecording(graph, self._stream) if _made_replayable(graph) else None
+        finally:
+            _call("cudaGraphDestroy", graph)
 
     def mark(self) -> CudaMark:
         """Return a mark of what was launched so far."""
@@ -129,8 +150,60 @@ class CudaMark:
         _call("cudaEventSynchronize", self._event)
 
 
+class CudaRecording:
+    """A recorded pass: the same kernels on the same memory, launched at once."""
+
+    def __init__(self, graph: ctypes.c_void_p, stream: ctypes.c_void_p) -> None:
+        self._stream = stream
+        self._pass = ctypes.c_void_p()
+        _call("cudaGraphInstantiate", ctypes.byref(self._pass), graph, ctypes.c_ulonglong(_OWN_PRIORITIES))
+        weakref.finalize(self, _free_recording, self._pass.value).atexit = False
+
+    def replay(self) -> None:
+        """Launch it on the stream that it was recorded on."""
+        _call("cudaGraphLaunch", self._pass, self._stream)
+
+
+def _made_replayable(graph: ctypes.c_void_p) -> bool:
+    """Return whether a graph can be replayed, having taken out what must happen but once.
+
+    ONNX Runtime ends a pass with a call on the host that frees the pinned memory of the pass's copies. A
+    replay would free it again; without the call the memory stays as long as the process, and so do the copies' sources.
+    """
+    for node in _nodes(graph):
+        kind = ctypes.c_int()
+        _call("cudaGraphNodeGetType", node, ctypes.byref(kind))
+        if kind.value == _HOST_CALL:
+            _call("cudaGraphDestroyNode", node)
+        elif kind.value not in _REPLAYABLE or (kind.value == _MEMCPY and not _copies_what_stays(node)):
+            return False
+    return True
+
+
+def _nodes(graph: ctypes.c_void_p) -> list[ctypes.c_void_p]:
+    count = ctypes.c_size_t()
+    _call("cudaGraphGetNodes", graph, None, ctypes.byref(count))
+    nodes = (ctypes.c_void_p * count.value)()
+    _call("cudaGraphGetNodes", graph, nodes, ctypes.byref(count))
+    return [ctypes.c_void_p(node) for node in nodes]
+
+
+def _copies_what_stays(node: ctypes.c_void_p) -> bool:
+    """Return whether a copy's source will hold the same at every replay, and nobody on the host waits for it."""
+    words = (ctypes.c_size_t * _COPY_WORDS)()
+    _call("cudaGraphMemcpyNodeGetParams", node, words)
+    source, target = (_memory_kind(words[place]) for place in (_COPY_SOURCE, _COPY_TARGET))
+    return source != _UNREGISTERED and target not in (_UNREGISTERED, _PINNED)
+
+
+def _memory_kind(address: int) -> int:
+    facts = (ctypes.c_int * (_POINTER_FACTS_BYTES // 4))()
+    _call("cudaPointerGetAttributes", facts, ctypes.c_void_p(address))
+    return facts[0]
+
+
 def _call(name: str, *arguments: Any) -> None:
-    runtime = _prepared_runtime()
+    runtime = _runtime()
     code = getattr(runtime, name)(*arguments)
     if code != 0:
         runtime.cudaGetErrorString.restype = ctypes.c_char_p
@@ -139,16 +212,11 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def _free_host(address: int) -> None:
-    _prepared_runtime().cudaFreeHost(ctypes.c_void_p(address))
+    _runtime().cudaFreeHost(ctypes.c_void_p(address))
 
 
-def _prepared_runtime() -> ctypes.CDLL:
-    """Return the CUDA runtime, this thread made ready to call it while another one records."""
-    runtime = _runtime()
-    if not getattr(_thread, "prepared", False):
-        runtime.cudaThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_OWN_RECORDINGS_ONLY)))
-        _thread.prepared = True
-    return runtime
+def _free_recording(address: int | None) -> None:
+    _runtime().cudaGraphExecDestroy(ctypes.c_void_p(address))
 
 
 @functools.cache

@@ -9,10 +9,8 @@ between devices is a `Provider` and, where need be, a subclass of `OnnxRuntimeDe
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -20,17 +18,17 @@ from typing import Protocol
 import numpy as np
 import onnxruntime as ort
 
-from mirror.bundle import Form, Graph, LayerKV, Segment, TensorSpec, kv_names
+from mirror.bundle import Form, Graph, LayerKV, TensorSpec, kv_names
 from mirror.errors import DeviceError
-from mirror.targets.base import Array, KVCache, PassShape, Tensor, to_host
+from mirror.targets.base import Array, KVCache, LoadRequest, Tensor, to_host
 from mirror.targets.static_shapes import widths_of
 
 # ONNX's element type numbers; numpy has no bfloat16, so those tensors never become arrays.
 _ELEMENT_TYPES = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
 _ITEM_BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
 
-# Passes of a binding until its recording is surely made: ONNX Runtime runs two as they are, then records one.
-_UNTIL_RECORDED = 4
+# Passes of a binding before one is recorded: they allocate, plan and choose kernels.
+_BEFORE_RECORDING = 2
 
 _ALIGNMENT_BYTES = 256  # of each input in a device's staging block, as its own allocator would do
 
@@ -63,6 +61,14 @@ class Mark(Protocol):
         ...
 
 
+class Recording(Protocol):
+    """A recorded pass."""
+
+    def replay(self) -> None:
+        """Launch it again, on the memory that it was recorded with."""
+        ...
+
+
 class DeviceStream(Protocol):
     """The order in which a device copies and computes."""
 
@@ -91,8 +97,8 @@ class DeviceStream(Protocol):
         """Wait for all that was launched."""
         ...
 
-    def guard(self, *, recording: bool) -> AbstractContextManager[object]:
-        """Return what to hold during a pass, which may be one that is recorded."""
+    def record(self, launch: Callable[[], None]) -> Recording | None:
+        """Record what a call launches, without running it; return None where that can't be replayed."""
         ...
 
     def mark(self) -> Mark:
@@ -267,11 +273,10 @@ class Bound:
         block: what brings `staging` to the device; None where the graph reads it where it is.
         outputs: catalogue outputs by name, as `run` returns them.
         new_rows: in rows form, the new KV rows by the name of the past they belong to.
-        options: of its runs.
-        recording: the number of its recorded pass, None where passes aren't recorded.
         cache: what the pass reads and writes.
         held: what must outlive the binding besides.
-        passes: how many it has run.
+        passes: how many it has run, replayed ones left out.
+        recording: its recorded pass, once there is one.
     """
 
     binding: ort.IOBinding
@@ -279,11 +284,10 @@ class Bound:
     block: _StagingBlock | None
     outputs: Mapping[str, Tensor]
     new_rows: Mapping[str, Array]
-    options: ort.RunOptions | None
-    recording: int | None
     cache: KVCache | None
     held: tuple[object, ...]
     passes: int = 0
+    recording: Recording | None = None
 
 
 class OnnxRuntimeSegment:
@@ -308,7 +312,7 @@ class OnnxRuntimeSegment:
         self._past = tuple(spec.name for spec in graph.inputs if spec.name.startswith("past_key_values."))
         self._names = frozenset(spec.name for spec in self._inputs)
         self._bound: OrderedDict[tuple[int, ...], Bound] = OrderedDict()
-        self._recordings = itertools.count(1)
+        self._options = _run_options(provider)
 
     @property
     def widths(self) -> tuple[int, ...] | None:
@@ -326,15 +330,8 @@ class OnnxRuntimeSegment:
         Raises:
             DeviceError: the runtime refused or failed the pass.
         """
-        stream = self._provider.stream
-        if stream is None:
-            bound = self._binding(feeds, cache)
-            self._launch(bound, feeds)
-        else:
-            with stream.guard(recording=False):
-                bound = self._binding(feeds, cache)
-            with stream.guard(recording=bound.recording is not None and bound.passes < _UNTIL_RECORDED):
-                self._launch(bound, feeds)
+        bound = self._binding(feeds, cache)
+        self._launch(bound, feeds)
         if bound.new_rows:
             assert isinstance(cache, OnnxRuntimeCache)
             for past_name, rows in bound.new_rows.items():
@@ -349,9 +346,25 @@ class OnnxRuntimeSegment:
             array[...] = to_host(feeds[name])
         if bound.block is not None:
             bound.block.upload()
+        if bound.recording is not None:
+            bound.recording.replay()
+        else:
+            self._compute(bound)
+
+    def _compute(self, bound: Bound) -> None:
+        """Start the pass, recording it if the time for that has come."""
+        stream = self._provider.stream
         bound.passes += 1
+        if self._provider.replays and stream is not None and bound.passes == _BEFORE_RECORDING + 1:
+            bound.recording = stream.record(lambda: self._run_session(bound))
+        if bound.recording is not None:
+            bound.recording.replay()
+        else:
+            self._run_session(bound)
+
+    def _run_session(self, bound: Bound) -> None:
         try:
-            self.session.run_with_iobinding(bound.binding, bound.options)
+            self.session.run_with_iobinding(bound.binding, self._options)
         except Exception as error:
             raise DeviceError(f"{self.name} failed on {self._provider.name}: {error}") from error
 
@@ -369,7 +382,7 @@ class OnnxRuntimeSegment:
         if bound is None:
             bound = self._bound[key] = self._bind(key[0], key[1], cache, given)
             if len(self._bound) > _KEPT_BINDINGS:
-                self._forget(self._bound.popitem(last=False)[1])
+                self._bound.popitem(last=False)
         else:
             self._bound.move_to_end(key)
         return bound
@@ -382,10 +395,6 @@ class OnnxRuntimeSegment:
             for name, tensor in found.items()
             if isinstance(tensor, Buffer) and tensor.stream is self._provider.stream
         }
-
-    def _forget(self, bound: Bound) -> None:
-        if bound.recording is not None:
-            self.session.release_captured_graph(bound.recording)
 
     def _bind(self, width: int, rows: int, cache: KVCache | None, given: Mapping[str, Buffer]) -> Bound:
         if self._past and not isinstance(cache, OnnxRuntimeCache):
@@ -401,8 +410,7 @@ class OnnxRuntimeSegment:
             binding.bind_ortvalue_input(name, value)
         staging, block = self._stage(binding, [spec for spec in self._inputs if spec.name not in known], sizes)
         outputs, new_rows = self._bind_outputs(binding, sizes, past)
-        options, recording = self._run_options()
-        return Bound(binding, staging, block, outputs, new_rows, options, recording, cache, tuple(known.values()))
+        return Bound(binding, staging, block, outputs, new_rows, cache, tuple(known.values()))
 
     def _stage(
         self, binding: ort.IOBinding, specs: Sequence[TensorSpec], sizes: Mapping[str, int]
@@ -448,16 +456,13 @@ class OnnxRuntimeSegment:
                 outputs[spec.name] = buffer if buffer.array is None else buffer.array
         return outputs, new_rows
 
-    def _run_options(self) -> tuple[ort.RunOptions | None, int | None]:
-        if self._provider.stream is None:
-            return None, None
-        options = ort.RunOptions()
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        if not self._provider.replays:
-            return options, None
-        recording = next(self._recordings)
-        options.add_run_config_entry("gpu_graph_id", str(recording))
-        return options, recording
+
+def _run_options(provider: Provider) -> ort.RunOptions | None:
+    if provider.stream is None:
+        return None
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
 
 
 def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -482,29 +487,26 @@ class OnnxRuntimeDevice:
         """The cache form of the graphs that this device takes."""
         return self._form
 
-    def load_segment(
-        self,
-        folder: Path,
-        segment: Segment,
-        *,
-        capacity: int,
-        shapes: Sequence[PassShape],
-        threads: int,
-        later: Sequence[PassShape] = (),
-    ) -> OnnxRuntimeSegment:
-        """Load a segment of the bundle at `folder`; see `base.Device.load_segment`.
+    @property
+    def few_shapes(self) -> bool:
+        """A session takes every shape."""
+        return False
+
+    def load_segment(self, request: LoadRequest) -> OnnxRuntimeSegment:
+        """Load a segment; see `base.Device.load_segment`.
 
         Raises:
             DeviceError: the bundle lacks this cache form, or the provider can't take the graph.
         """
+        segment = request.segment
         graph = segment.graphs.get(self._form)
         if graph is None:
             raise DeviceError(
                 f"{self._name} needs {segment.name} in {self._form.value} form, the bundle has "
                 f"{', '.join(sorted(form.value for form in segment.graphs))}; export the bundle again"
             )
-        session, provider = self._open_session(folder / graph.file, segment.name, threads)
-        widths = widths_of(shapes) if provider.fixed_widths else None
+        session, provider = self._open_session(request.folder / graph.file, segment.name, request.threads)
+        widths = widths_of(request.shapes) if provider.fixed_widths else None
         return OnnxRuntimeSegment(segment.name, session, graph, self._form, provider, widths)
 
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> OnnxRuntimeCache:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mirror.bundle import Compiled, Form, Graph, LayerKV, Segment, TensorSpec, kv_names
+from mirror.bundle import Compiled, Form, Graph, LayerKV, TensorSpec, kv_names
 from mirror.errors import DeviceError
 from mirror.targets.artefacts import Quantized, Wanted, artefact_stem, compiled_for, graph_sha256
-from mirror.targets.base import Array, KVCache, PassShape, Tensor, to_host
+from mirror.targets.base import Array, KVCache, LoadRequest, PassShape, Tensor, to_host
 from mirror.targets.names import Precision
 from mirror.targets.openvino_settings import (
     check_precision,
@@ -36,7 +36,7 @@ from mirror.targets.static_shapes import (
     width_input,
     widths_of,
 )
-from mirror.targets.survey import no_such_unit
+from mirror.targets.survey import no_such_unit, virtual_npus
 
 
 def _import_quietly() -> Any:
@@ -299,32 +299,27 @@ class OpenVinoDevice:
         """The cache form of the graphs that this device takes."""
         return Form.ROWS
 
-    def load_segment(
-        self,
-        folder: Path,
-        segment: Segment,
-        *,
-        capacity: int,
-        shapes: Sequence[PassShape],
-        threads: int,
-        later: Sequence[PassShape] = (),
-    ) -> OpenVinoSegment:
-        """Load a segment of the bundle at `folder`; see `base.Device.load_segment`.
+    @property
+    def few_shapes(self) -> bool:
+        """An NPU's compiler takes seconds a shape; a CPU's and a GPU's programs of free width take any."""
+        return self._unit == "NPU"
+
+    def load_segment(self, request: LoadRequest) -> OpenVinoSegment:
+        """Load a segment; see `base.Device.load_segment`.
 
         Raises:
             DeviceError: the bundle lacks the rows form, or OpenVINO can't take the graph.
         """
-        graph = rows_graph(segment, self.name)
-        settings = compile_settings(self._unit, self.precision, threads, self._kernel_cache)
 
         def ready(shape: PassShape) -> Path | None:
-            item = self.fitting(folder, segment, shape, capacity, threads)
-            return None if item is None else folder / item.file
+            item = self.fitting(request, shape)
+            return None if item is None else request.folder / item.file
 
-        compiler = _Compiler(self.name, self._unit, folder / graph.file, graph, capacity, settings, ready)
-        if self._unit != "NPU" and compiler.weights_bytes * len(widths_of(shapes)) > _STATIC_WEIGHTS_BYTES:
+        graph = rows_graph(request.segment, self.name)
+        compiler = self._compiler(request, graph, self._kernel_cache, ready)
+        if self._unit != "NPU" and compiler.weights_bytes * len(widths_of(request.shapes)) > _STATIC_WEIGHTS_BYTES:
             compiler.share()
-        return OpenVinoSegment(segment.name, compiler, graph, shapes, later)
+        return OpenVinoSegment(request.segment.name, compiler, graph, request.shapes, request.later)
 
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> OpenVinoCache:
         """Return a zeroed cache for these layers."""
@@ -335,29 +330,13 @@ class OpenVinoDevice:
         """The device in artefacts' records."""
         return self.name
 
-    def fitting(
-        self,
-        folder: Path,
-        segment: Segment,
-        shape: PassShape,
-        capacity: int,
-        threads: int,
-        weights: str | None = None,
-    ) -> Compiled | None:
+    def fitting(self, request: LoadRequest, shape: PassShape, weights: str | None = None) -> Compiled | None:
         """Return the artefact that serves a pass; see `base.AheadCompiler`."""
-        wanted = Wanted(self.name, self._runtime(), self._told(threads), capacity, weights)
-        return compiled_for(folder, segment, shape, wanted)
+        wanted = Wanted(self.name, self._runtime(), self._told(request.threads), request.capacity, weights)
+        return compiled_for(request.folder, request.segment, shape, wanted)
 
-    def compile_segment(
-        self,
-        folder: Path,
-        segment: Segment,
-        shape: PassShape,
-        capacity: int,
-        threads: int,
-        quantized: Quantized | None = None,
-    ) -> Compiled:
-        """Compile a segment for fixed sizes into the bundle's folder; see `base.AheadCompiler`.
+    def compile_segment(self, request: LoadRequest, shape: PassShape, quantized: Quantized | None = None) -> Compiled:
+        """Compile a segment for one pass into the bundle's folder; see `base.AheadCompiler`.
 
         Raises:
             DeviceError: OpenVINO can't take the graph, or quantized weights were asked for.
@@ -367,13 +346,22 @@ class OpenVinoDevice:
                 f"quantized weights are made for Hexagon NPUs and can't be compiled for {self.name}; leave --weights "
                 "out, or export the bundle with --precision int8"
             )
-        graph = rows_graph(segment, self.name)
-        file = f"{artefact_stem(self.name, segment.name, shape, capacity)}.blob"
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        settings = compile_settings(self._unit, self.precision, threads, None)
-        _Compiler(self.name, self._unit, folder / graph.file, graph, capacity, settings).export(shape, folder / file)
-        made_with = (self._runtime(), self._told(threads), graph_sha256(folder, segment))
-        return Compiled(self.name, shape.width, shape.rows, capacity, file, *made_with)
+        file = f"{artefact_stem(self.name, request.segment.name, shape, request.capacity)}.blob"
+        path = request.folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._compiler(request, rows_graph(request.segment, self.name), None).export(shape, path)
+        made_with = (self._runtime(), self._told(request.threads), graph_sha256(request.folder, request.segment))
+        return Compiled(self.name, shape.width, shape.rows, request.capacity, file, *made_with)
+
+    def _compiler(
+        self,
+        request: LoadRequest,
+        graph: Graph,
+        kernel_cache: Path | None,
+        ready: Callable[[PassShape], Path | None] = lambda shape: None,
+    ) -> _Compiler:
+        settings = compile_settings(self._unit, self.precision, request.threads, kernel_cache)
+        return _Compiler(self.name, self._unit, request.folder / graph.file, graph, request.capacity, settings, ready)
 
     def _told(self, threads: int) -> dict[str, str]:
         settings = compile_settings(self._unit, self.precision, threads, None)
@@ -406,13 +394,20 @@ def open_native_compiler(unit: str, precision: Precision | None) -> OpenVinoDevi
     if unit != "NPU" or unit in available_units():
         return open_native_device(unit, precision)
     check_precision(unit, precision)
-    if not any(Path(ov.__file__).parent.rglob("libopenvino_intel_npu_compiler*")):
+    if not has_npu_compiler():
+        known = virtual_npus()
+        platforms = f" (ONNX Runtime's plugin could name it platforms {', '.join(known)})" if known else ""
         raise DeviceError(
             "openvino:NPU can't be compiled for here: OpenVINO sees no NPU, and its compiler for NPUs "
-            "(libopenvino_intel_npu_compiler), which no package on PyPI carries, is not beside it; run this on the "
-            "machine with the NPU, or put the compiler from Intel's NPU driver into openvino/libs"
+            f"(libopenvino_intel_npu_compiler), which no package on PyPI carries, is not beside it{platforms}; run "
+            "this on the machine with the NPU, or put the compiler from Intel's NPU driver into openvino/libs"
         )
     return OpenVinoDevice(unit, Precision.F16, None)
+
+
+def has_npu_compiler() -> bool:
+    """Return whether Intel's compiler for NPUs lies beside OpenVINO."""
+    return any(Path(ov.__file__).parent.rglob("libopenvino_intel_npu_compiler*"))
 
 
 def available_units() -> dict[str, str]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
-from mirror.bundle import Form, Segment
+from mirror.bundle import Form
 from mirror.errors import DeviceError
-from mirror.targets.base import PassShape, Tensor, to_host
+from mirror.targets.base import LoadRequest, PassShape, Tensor, to_host
 from mirror.targets.names import Precision
 from mirror.targets.onnxruntime_session import (
     Bound,
@@ -38,6 +38,7 @@ from mirror.targets.static_shapes import past_name
 
 PROVIDER = "OpenVINOExecutionProvider"
 _REGISTRATION = "OpenVINO"
+_VIRTUAL = "OpenVINO.virtual"
 
 
 class FedSegment(OnnxRuntimeSegment):
@@ -76,31 +77,27 @@ class OpenVinoPluginDevice(OnnxRuntimeDevice):
         self._unit = unit
         self._device = device
 
-    def load_segment(  # type: ignore[override]  # any LoadedSegment serves the protocol
-        self,
-        folder: Path,
-        segment: Segment,
-        *,
-        capacity: int,
-        shapes: Sequence[PassShape],
-        threads: int,
-        later: Sequence[PassShape] = (),
-    ) -> ShapedSegment:
-        """Load a segment of the bundle at `folder`; see `base.Device.load_segment`.
+    @property
+    def few_shapes(self) -> bool:
+        """An NPU's compiler takes seconds a shape."""
+        return self._unit == "NPU"
+
+    def load_segment(self, request: LoadRequest) -> ShapedSegment:  # type: ignore[override]  # any LoadedSegment serves
+        """Load a segment; see `base.Device.load_segment`.
 
         Raises:
             DeviceError: the bundle lacks the rows form, or the plugin can't take the whole graph.
         """
-        graph = rows_graph(segment, self.name)
+        name, graph = request.segment.name, rows_graph(request.segment, self.name)
 
         def load(shape: PassShape) -> OnnxRuntimeSegment:
-            options = self.session_options(segment.name, threads)
-            for dimension, size in shape.sizes(capacity).items():
+            options = self.session_options(name, request.threads)
+            for dimension, size in shape.sizes(request.capacity).items():
                 options.add_free_dimension_override_by_name(dimension, size)
-            session = self._open_listed(folder / graph.file, options, threads)
-            return FedSegment(segment.name, session, graph, Form.ROWS, self._provider)
+            session = self._open_listed(request.folder / graph.file, options, request.threads)
+            return FedSegment(name, session, graph, Form.ROWS, self._provider)
 
-        return ShapedSegment(segment.name, graph, shapes, load, later)
+        return ShapedSegment(name, graph, request.shapes, load, request.later)
 
     def _open_listed(self, path: Path, options: ort.SessionOptions, threads: int) -> ort.InferenceSession:
         # Without this, nodes that the plugin leaves out would run on the CPU, unsaid.
@@ -129,6 +126,20 @@ def registered_devices() -> dict[str, Any]:
     ort.register_execution_provider_library(_REGISTRATION, plugin.get_library_path())
     listed = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
     return {str(device.ep_metadata["ov_device"]): device for device in listed}
+
+
+def virtual_platforms() -> tuple[str, ...]:
+    """Return the Intel NPUs that the plugin knows how to compile for without having one, by Intel's numbers, ascending.
+
+    It lists them under a registration whose name ends so; that is undone, since they run nothing.
+    """
+    plugin = importlib.import_module("onnxruntime_ep_openvino")
+    ort.register_execution_provider_library(_VIRTUAL, plugin.get_library_path())
+    try:
+        listed = [device.ep_metadata.get("npu_platform") for device in ort.get_ep_devices()]
+    finally:
+        ort.unregister_execution_provider_library(_VIRTUAL)
+    return tuple(sorted(platform for platform in listed if platform))
 
 
 def plugin_options(unit: str, precision: Precision, threads: int) -> dict[str, str]:

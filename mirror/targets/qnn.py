@@ -13,7 +13,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import onnxruntime as ort
 from mirror.bundle import Compiled, Form, Segment
 from mirror.errors import DeviceError
 from mirror.targets.artefacts import WEIGHTS, Quantized, Wanted, artefact_stem, compiled_for, graph_sha256
-from mirror.targets.base import PassShape
+from mirror.targets.base import LoadRequest, PassShape
 from mirror.targets.hexagon import DEFAULT_ARCHITECTURE, Chip, chip
 from mirror.targets.onnxruntime_session import OnnxRuntimeDevice, OnnxRuntimeSegment, Provider
 from mirror.targets.openvino_settings import rows_graph
@@ -55,91 +55,71 @@ class QnnDevice(OnnxRuntimeDevice):
         """The device in an artefact's record: `qnn:v73`."""
         return _compiled_for(self.chip)
 
-    def load_segment(  # type: ignore[override]  # any LoadedSegment serves the protocol
-        self,
-        folder: Path,
-        segment: Segment,
-        *,
-        capacity: int,
-        shapes: Sequence[PassShape],
-        threads: int,
-        later: Sequence[PassShape] = (),
-    ) -> ShapedSegment:
-        """Load a segment of the bundle at `folder`; see `base.Device.load_segment`.
+    @property
+    def few_shapes(self) -> bool:
+        """Each shape takes seconds, and an artefact that holds all weights."""
+        return True
+
+    def load_segment(self, request: LoadRequest) -> ShapedSegment:  # type: ignore[override]  # any LoadedSegment serves
+        """Load a segment; see `base.Device.load_segment`.
 
         Raises:
             DeviceError: the bundle lacks the rows form, or the NPU can't take the whole graph.
         """
-        graph = rows_graph(segment, self.name)
+        name, graph = request.segment.name, rows_graph(request.segment, self.name)
 
         def load(shape: PassShape) -> OnnxRuntimeSegment:
-            session = self._ready_session(folder, segment, shape, capacity, threads)
+            session = self._ready_session(request, shape)
             if session is None:
-                options = self._options(segment.name, threads)
-                session = self._open(folder / graph.file, options, shape.sizes(capacity))
-            return OnnxRuntimeSegment(segment.name, session, graph, Form.ROWS, self._provider)
+                options, sizes = self._options(name, request.threads), shape.sizes(request.capacity)
+                session = self._open(request.folder / graph.file, options, sizes)
+            return OnnxRuntimeSegment(name, session, graph, Form.ROWS, self._provider)
 
-        return ShapedSegment(segment.name, graph, shapes, load, later)
+        return ShapedSegment(name, graph, request.shapes, load, request.later)
 
-    def fitting(
-        self,
-        folder: Path,
-        segment: Segment,
-        shape: PassShape,
-        capacity: int,
-        threads: int,
-        weights: str | None = None,
-    ) -> Compiled | None:
+    def fitting(self, request: LoadRequest, shape: PassShape, weights: str | None = None) -> Compiled | None:
         """Return the artefact that serves a pass; see `base.AheadCompiler`. An NPU that wasn't named takes any."""
-        named = [self.chip] if self.chip is not None else _chips(segment)
+        named = [self.chip] if self.chip is not None else _chips(request.segment)
         for one in named:
-            wanted = Wanted(_compiled_for(one), runtime_version(), compile_options(one), capacity, weights)
-            found = compiled_for(folder, segment, shape, wanted)
+            wanted = Wanted(_compiled_for(one), runtime_version(), compile_options(one), request.capacity, weights)
+            found = compiled_for(request.folder, request.segment, shape, wanted)
             if found is not None:
                 return found
         return None
 
-    def compile_segment(
-        self,
-        folder: Path,
-        segment: Segment,
-        shape: PassShape,
-        capacity: int,
-        threads: int,
-        quantized: Quantized | None = None,
-    ) -> Compiled:
-        """Compile a segment for fixed sizes into the bundle's folder; see `base.AheadCompiler`.
+    def compile_segment(self, request: LoadRequest, shape: PassShape, quantized: Quantized | None = None) -> Compiled:
+        """Compile a segment for one pass into the bundle's folder; see `base.AheadCompiler`.
 
         Raises:
             DeviceError: the NPU can't take the whole graph.
         """
-        source = folder / rows_graph(segment, self.name).file
-        told = compile_options(self.chip)
+        segment, told = request.segment, compile_options(self.chip)
+        source = request.folder / rows_graph(segment, self.name).file
         if quantized is not None:
             source = quantized.folder / rows_graph(quantized.segments[segment.name], self.name).file
             told |= {WEIGHTS: quantized.weights}
-        file = f"{artefact_stem(self.compiles_for, segment.name, shape, capacity)}.onnx"
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).unlink(missing_ok=True)  # ONNX Runtime writes over none
-        options = self._options(segment.name, threads)
+        file = f"{artefact_stem(self.compiles_for, segment.name, shape, request.capacity)}.onnx"
+        target = request.folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # ONNX Runtime writes over none
+        options = self._options(segment.name, request.threads)
         options.add_session_config_entry("ep.context_enable", "1")
-        options.add_session_config_entry("ep.context_file_path", str(folder / file))
+        options.add_session_config_entry("ep.context_file_path", str(target))
         options.add_session_config_entry("ep.context_embed_mode", "0")
-        self._open(source, options, shape.sizes(capacity))
-        made_with = (runtime_version(), told, graph_sha256(folder, segment))
-        return Compiled(self.compiles_for, shape.width, shape.rows, capacity, file, *made_with)
+        self._open(source, options, shape.sizes(request.capacity))
+        made_with = (runtime_version(), told, graph_sha256(request.folder, segment))
+        return Compiled(self.compiles_for, shape.width, shape.rows, request.capacity, file, *made_with)
 
-    def _ready_session(
-        self, folder: Path, segment: Segment, shape: PassShape, capacity: int, threads: int
-    ) -> ort.InferenceSession | None:
+    def _ready_session(self, request: LoadRequest, shape: PassShape) -> ort.InferenceSession | None:
         """Return a session over an artefact of the bundle, None where none fits or the NPU refuses it."""
-        item = self.fitting(folder, segment, shape, capacity, threads)
+        item = self.fitting(request, shape)
         if item is None:
             return None
+        name = request.segment.name
         try:
-            return self._open(folder / item.file, self._options(segment.name, threads), {})
+            return self._open(request.folder / item.file, self._options(name, request.threads), {})
         except DeviceError as error:
-            _LOG.warning("%s is not used: %s; compiling %s anew", item.file, error, segment.name)
+            _LOG.warning("%s is not used: %s; compiling %s anew", item.file, error, name)
             return None
 
     def _options(self, name: str, threads: int) -> ort.SessionOptions:

@@ -156,6 +156,15 @@ def plugin_units() -> tuple[str, ...]:
     return tuple(registered_devices())
 
 
+def virtual_npus() -> tuple[str, ...]:
+    """Return the Intel NPUs that ONNX Runtime's plugin can name without having one; none where it isn't installed."""
+    if importlib.util.find_spec("onnxruntime_ep_openvino") is None:
+        return ()
+    from mirror.targets.openvino_plugin import virtual_platforms
+
+    return virtual_platforms()
+
+
 @functools.cache
 def _native_units() -> dict[str, str]:
     from mirror.targets.openvino import available_units

@@ -20,7 +20,7 @@ from mirror.targets import free_memory, open_device
 from mirror.targets.base import Device
 from mirror.tune.choices import Choice, Places
 from mirror.tune.costs import PassCosts, pass_costs
-from mirror.tune.observe import Notes, ObservedDevice
+from mirror.tune.observe import Notes, observed
 from mirror.tune.outcomes import Sample
 
 Prompt = str | tuple[int, ...]
@@ -106,7 +106,7 @@ def probe(folder: Path, choice: Choice, work: Workload, *, narrower: Sequence[in
         narrower: windows whose passes are timed too.
     """
     notes = Notes()
-    with open_engine(folder, choice, work, lambda device: ObservedDevice(device, notes)) as engine:
+    with open_engine(folder, choice, work, lambda device: observed(device, notes)) as engine:
         answer(engine, work.prompts[0], work.tokens)  # warms up
         notes.clear()
         results, samples = [], []
