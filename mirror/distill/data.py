@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,32 +40,38 @@ from mirror.errors import ExportError
 from mirror.export.checkpoint import eos_ids
 
 Ints = NDArray[np.int64]
+_SHORT_PROMPT = 64  # tokens; shorter prompts are alike
+TEXTS_FILE = "texts.npz"
+_NOT_WRITTEN = ("files", "texts", "rows", "cache_bytes")  # options that don't change what is written, or not by name
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """What the corpus is made of. Counts are texts, lengths are tokens.
 
+    `files`: prompts. `texts`: corpora that the same target wrote for earlier trainings, learned from too.
     `own_prompts`: user turns that the target writes; `opened_prompts`: turns whose first words are given, most
     of them questions'. `passages`: passages it writes for tasks on long texts; `given_tasks`: tasks on passages
-    found in the files' prompts. `greedy_answers` and `sampled_answers`: answers to each prompt; 0.5 is one to
-    every other prompt. `rows`: texts decoded at once at most. `cache_bytes`: memory for their KV cache, which limits
-    `rows` on long prompts.
+    found in the files' prompts. `ask_prompts`: whether the files' prompts are asked themselves. `greedy_answers` and
+    `sampled_answers`: answers to each prompt; 0.5 is one to every other prompt. `rows`: texts decoded at once at
+    most. `cache_bytes`: memory for their KV cache, which limits `rows` on long prompts.
     """
 
     files: tuple[Path, ...] = ()
+    texts: tuple[Path, ...] = ()
     own_prompts: int = 0
     opened_prompts: int = 0
     passages: int = 0
     given_tasks: int = 0
+    ask_prompts: bool = True
     greedy_answers: float = 1.0
     sampled_answers: float = 0.5
     temperature: float = 1.0
     max_prompt_tokens: int = 1536
     max_answer_tokens: int = 192
-    rows: int = 4096
+    rows: int = 8192
     cache_bytes: int = 36 * 2**30
-    jobs_per_shard: int = 16384
+    jobs_per_shard: int = 32768
     seed: int = 0
 
 
@@ -106,16 +113,71 @@ class Batch:
 def make_corpus(target: Target, options: DataOptions, cache: Path, progress: DistillProgress) -> Corpus:
     """Return the corpus of a target, from the cache where it is there.
 
+    What was written is also kept whole, as `texts.npz` in its folder, for trainings to come.
+
     Raises:
-        ExportError: a prompt file is missing or malformed, or there is nothing to ask.
+        ExportError: a file is missing or malformed, or there is nothing to learn from.
     """
-    author = _Author(target, options, _corpus_folder(target, options, cache), progress)
+    kept = [load_corpus(path, target.checkpoint.fingerprint) for path in options.texts]
+    folder = _corpus_folder(target, options, cache)
+    author = _Author(target, options, folder, progress)
     given = [prompt for path in options.files for prompt in read_prompts(path)]
-    prompts = given + author.own_prompts() + author.opened_prompts() + author.passage_tasks(given)
+    asked = given if options.ask_prompts else []
+    prompts = asked + author.own_prompts() + author.opened_prompts() + author.passage_tasks(given)
     prompts += author.given_tasks(given)
-    if not prompts:
+    if not prompts and not kept:
         raise ExportError("there are no prompts to learn from; give --prompts FILE.jsonl or --own-prompts COUNT")
-    return author.answers(prompts)
+    if not prompts:
+        return joined(kept)
+    written = author.answers(prompts)
+    if not (folder / TEXTS_FILE).is_file():
+        save_corpus(written, folder / TEXTS_FILE, target.checkpoint.fingerprint)
+    return joined([*kept, written])
+
+
+def joined(corpora: Sequence[Corpus]) -> Corpus:
+    """Return the texts of several corpora as one, in turn."""
+    lengths = np.concatenate([np.diff(each.offsets) for each in corpora])
+    return Corpus(
+        np.concatenate([each.tokens for each in corpora]),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([each.prompt_lengths for each in corpora]),
+    )
+
+
+def save_corpus(corpus: Corpus, path: Path, fingerprint: str) -> None:
+    """Write a corpus into one `.npz` file, with the fingerprint of the target that wrote it."""
+    partial = path.with_suffix(".partial.npz")
+    np.savez_compressed(
+        partial,
+        tokens=_narrow(corpus.tokens),
+        lengths=np.diff(corpus.offsets).astype(np.int32),
+        prompts=corpus.prompt_lengths.astype(np.int32),
+        target=np.array(fingerprint),
+    )
+    os.replace(partial, path)
+
+
+def load_corpus(path: Path, fingerprint: str) -> Corpus:
+    """Return what `save_corpus` wrote.
+
+    Raises:
+        ExportError: the file isn't there, is no corpus, or another target wrote it.
+    """
+    if not path.is_file():
+        raise ExportError(f"no corpus at {path}; give the {TEXTS_FILE} that an earlier training left in its cache")
+    with np.load(path) as stored:
+        if missing := {"tokens", "lengths", "prompts", "target"} - set(stored.files):
+            raise ExportError(f"{path} holds no {sorted(missing)[0]}; give a {TEXTS_FILE} that `mirror distill` wrote")
+        wrote = str(stored["target"])
+        if wrote != fingerprint:
+            raise ExportError(
+                f"{path} was written by another target ({wrote[:12]}) than this one ({fingerprint[:12]}); "
+                "let this target write its own"
+            )
+        lengths = stored["lengths"].astype(np.int64)
+        prompts = stored["prompts"].astype(np.int64)
+        return Corpus(stored["tokens"].astype(np.uint32), np.concatenate([[0], np.cumsum(lengths)]), prompts)
 
 
 def batches(corpus: Corpus, texts: Sequence[int], tokens_per_batch: int, seed: int) -> Iterator[Batch]:
@@ -200,7 +262,8 @@ class _Author:
     def answers(self, prompts: Sequence[Prompt]) -> Corpus:
         """Return all prompts with their answers."""
         options = self._options
-        encoded = {prompt.text: self._chat.prompt(prompt.text) for prompt in prompts}
+        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+        encoded = dict(zip(texts, self._chat.prompts(texts), strict=True))
         fitting = {text: ids for text, ids in encoded.items() if len(ids) <= options.max_prompt_tokens}
         jobs = [
             Job(fitting[text], options.max_answer_tokens, temperature)
@@ -219,10 +282,9 @@ class _Author:
         """Return the answer of every job, written shard by shard."""
         answers: list[Ints] = [np.zeros(0, np.int64)] * len(jobs)
         order = sorted(range(len(jobs)), key=lambda index: len(jobs[index].prompt))
-        size = self._options.jobs_per_shard
+        shards = _shards(order, [len(job.prompt) for job in jobs], self._options.jobs_per_shard)
         self._progress.start(f"writing {stage}", len(jobs))
-        for number, start in enumerate(range(0, len(order), size)):
-            chosen = order[start : start + size]
+        for number, chosen in enumerate(shards):
             path = self._folder / f"{stage}-{number:05d}.npz"
             if not path.is_file():
                 self._write_shard(path, [jobs[index] for index in chosen], f"{stage} {number}")
@@ -279,7 +341,7 @@ def _slot_bytes(target: Target) -> int:
 
 
 def _corpus_folder(target: Target, options: DataOptions, cache: Path) -> Path:
-    facts = {name: value for name, value in asdict(options).items() if name not in ("files", "rows", "cache_bytes")}
+    facts = {name: value for name, value in asdict(options).items() if name not in _NOT_WRITTEN}
     facts["files"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in options.files if path.is_file()]
     facts["target"] = target.checkpoint.fingerprint
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -297,15 +359,39 @@ def _corpus(jobs: Sequence[Job], answers: Sequence[Ints]) -> Corpus:
     return Corpus(tokens, np.cumsum([0, *lengths]), np.array([len(job.prompt) for job, _ in pairs]))
 
 
+def _shards(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+    """Yield runs of jobs by rising prompt length, at most `most` in each.
+
+    A run ends where a prompt's length passes a power of two, since its longest decides how many rows decode at once.
+    """
+    start = 0
+    for stop in range(1, len(order) + 1):
+        if (
+            stop == len(order)
+            or stop - start == most
+            or _size_class(lengths[order[stop]]) != _size_class(lengths[order[start]])
+        ):
+            yield order[start:stop]
+            start = stop
+
+
+def _size_class(length: int) -> int:
+    return max(length, _SHORT_PROMPT).bit_length()
+
+
 def _save_shard(path: Path, answers: Sequence[Ints]) -> None:
     partial = path.with_suffix(".partial.npz")
     tokens = np.concatenate(answers)
     np.savez_compressed(
         partial,
-        tokens=tokens.astype(np.min_scalar_type(int(tokens.max(initial=0)))),
+        tokens=_narrow(tokens),
         lengths=np.array([len(answer) for answer in answers]),
     )
     os.replace(partial, path)
+
+
+def _narrow(tokens: NDArray[Any]) -> NDArray[Any]:
+    return tokens.astype(np.min_scalar_type(int(tokens.max(initial=0))))
 
 
 def _load_shard(path: Path) -> list[Ints]:

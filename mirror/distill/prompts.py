@@ -40,6 +40,14 @@ class ChatFormat:
         """Return the ids of a conversation of one user turn, open for the answer."""
         return self._ids(self._before + text.strip() + self._after)
 
+    def prompts(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return what `prompt` does for every text; many at once go faster."""
+        if not texts:
+            return []
+        whole = [self._before + text.strip() + self._after for text in texts]
+        ids = self._tokenizer(whole, add_special_tokens=not self._tokenizer.chat_template).input_ids
+        return [tuple(each) for each in ids]
+
     def open_turn(self, opening: str = "") -> tuple[int, ...]:
         """Return the ids that lead to a user's turn, for the target to write one from its opening words on."""
         return self._ids(self._before + opening)

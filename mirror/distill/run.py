@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,11 @@ class DistillOptions:
     target's tokenizer to start from instead. `streams`: speculative streams of the draft. `feature_layer`: the exit
     layer whose state feeds the draft; None for none. `adapter_sizes`: the inner width of the exit heads, one for all
     or one for each. `start`: a finished training for the same target to go on from; its exit heads may grow, and its
-    draft by layers. `vocabulary_coverage`: the share of held-out answer tokens that the suggested trimmed vocabulary
-    has to hold. `int8`: store matrices as 8-bit integers. `device`: None for CUDA where there is one. `cache`: where
-    corpora are kept; None for a folder beside the output.
+    draft by layers and inner channels. `draft_intermediate`: inner channels of the draft's feed-forward parts, at
+    least the target's; None for those. `frozen_exit_heads`: take the exit heads of `start` over as they are, at no
+    cost. `vocabulary_coverage`: the share of held-out answer tokens that the suggested trimmed vocabulary has to
+    hold. `int8`: store matrices as 8-bit integers. `device`: None for CUDA where there is one. `cache`: where corpora
+    are kept; None for a folder beside the output.
     """
 
     exit_layers: tuple[int, ...] | None = None
@@ -77,6 +80,8 @@ class DistillOptions:
     feature_layer: int | None = None
     adapter_sizes: tuple[int, ...] = (1536,)
     start: Path | None = None
+    draft_intermediate: int | None = None
+    frozen_exit_heads: bool = False
     vocabulary_coverage: float = 0.99
     int8: bool = True
     held_out_share: float = 0.004
@@ -195,7 +200,7 @@ def check_made_for(folder: Path, facts: dict[str, Any], target: dict[str, str]) 
 def _recipe(target: Target, options: DistillOptions) -> dict[str, Any]:
     """Return the settled choices as JSON values: what two runs must share to be one training."""
     total = int(target.config.num_hidden_layers)
-    exits = options.exit_layers if options.exit_layers is not None else (total // 2, total * 2 // 3)
+    exits, sizes = _exit_heads(options, total)
     layers = _draft_layers(options, total)
     fed = options.feature_layer
     asked = [*exits, *(() if fed is None else (fed,))]
@@ -205,19 +210,18 @@ def _recipe(target: Target, options: DistillOptions) -> dict[str, Any]:
         raise ExportError(
             f"the target has {total} layers and no layer {wrong[0]} to exit after or to draft with; choose others"
         )
-    if len(options.adapter_sizes) not in (1, len(exits)):
-        raise ExportError(
-            f"there are {len(options.adapter_sizes)} adapter sizes for {len(exits)} exit layers; give one, or one each"
-        )
     train = dataclasses.asdict(options.train)
     for name in ("stop_after_s", "checkpoint_every_s", "cache_bytes"):
         del train[name]
-    data = dataclasses.asdict(options.data) | {"files": [path.name for path in options.data.files]}
+    data = dataclasses.asdict(options.data)
+    data |= {name: [path.name for path in getattr(options.data, name)] for name in ("files", "texts")}
     return {
         "exit_layers": list(exits),
-        "adapter_sizes": list(options.adapter_sizes) * (len(exits) if len(options.adapter_sizes) == 1 else 1),
+        "adapter_sizes": list(sizes),
+        "frozen_exit_heads": options.frozen_exit_heads,
         "draft_layers": None if layers is None else list(layers),
         "draft_model": None if options.draft_model is None else options.draft_model.name,
+        "draft_intermediate": options.draft_intermediate,
         "streams": options.streams,
         "feature_layer": fed,
         "start": None if options.start is None else read_facts(options.start)["recipe"],
@@ -228,11 +232,38 @@ def _recipe(target: Target, options: DistillOptions) -> dict[str, Any]:
     }
 
 
+def _exit_heads(options: DistillOptions, total: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the exit layers and the inner width of each one's head."""
+    if options.frozen_exit_heads:
+        return _frozen_heads(options)
+    exits = options.exit_layers if options.exit_layers is not None else (total // 2, total * 2 // 3)
+    sizes = options.adapter_sizes
+    if len(sizes) not in (1, len(exits)):
+        raise ExportError(f"there are {len(sizes)} adapter sizes for {len(exits)} exit layers; give one, or one each")
+    return exits, sizes * (len(exits) if len(sizes) == 1 else 1)
+
+
+def _frozen_heads(options: DistillOptions) -> tuple[Sequence[int], Sequence[int]]:
+    if options.start is None:
+        raise DraftError("frozen exit heads come from a finished training; name it with --start")
+    facts = read_facts(options.start)
+    had = dict(zip(facts["exit_layers"], facts["recipe"]["adapter_sizes"], strict=True))
+    exits = list(had) if options.exit_layers is None else list(options.exit_layers)
+    if missing := [layer for layer in exits if layer not in had]:
+        raise DraftError(
+            f"{options.start} has exit heads for layers {', '.join(map(str, had))}, not for layer {missing[0]}; "
+            "leave out --exit-layers or --frozen-exit-heads"
+        )
+    return exits, [had[layer] for layer in exits]
+
+
 def _draft_layers(options: DistillOptions, total: int) -> tuple[int, ...] | None:
     """Return the target's layers that the draft starts as, () for no draft, None for a given model."""
     if options.draft_model is not None:
         if options.draft_layers or options.start:
             raise DraftError("a draft starts from a model, from layers or from a training; give only one of them")
+        if options.draft_intermediate is not None:
+            raise DraftError("a given draft model keeps its shape; leave out --draft-intermediate")
         return None
     return options.draft_layers if options.draft_layers is not None else spread_layers(total, min(4, total))
 
@@ -257,6 +288,8 @@ def _pupils(target: Target, options: DistillOptions, recipe: dict[str, Any]) -> 
     torch.manual_seed(options.train.seed)
     hidden = int(target.head.weight.shape[1])
     sizes = dict(zip(recipe["exit_layers"], recipe["adapter_sizes"], strict=True))
+    if options.frozen_exit_heads:
+        sizes = {}
     heads = {layer: ExitHead(hidden, size, norm_eps(target)) for layer, size in sizes.items()}
     student = _student(target, options, recipe)
     if options.start is not None:
@@ -265,7 +298,8 @@ def _pupils(target: Target, options: DistillOptions, recipe: dict[str, Any]) -> 
 
 
 def _student(target: Target, options: DistillOptions, recipe: dict[str, Any]) -> Student | None:
-    chosen = StudentOptions(options.streams, options.feature_layer is not None, norm_eps(target))
+    fed = options.feature_layer is not None
+    chosen = StudentOptions(options.streams, fed, norm_eps(target), options.draft_intermediate)
     if options.draft_model is not None:
         return student_of(options.draft_model, target, chosen)
     return make_student(target, recipe["draft_layers"], chosen) if recipe["draft_layers"] else None
@@ -306,6 +340,9 @@ def _write(made: _Made, output: Path) -> None:
     facts = _facts(made) | {"vocabulary": _vocabulary(made, ranked)}
     for layer, head in made.pupils.heads.items():
         save_exit_head(head, output, layer, int8=made.options.int8)
+    if made.options.frozen_exit_heads and made.options.start is not None:
+        for layer in made.recipe["exit_layers"]:
+            shutil.copyfile(made.options.start / exit_head_file(layer), output / exit_head_file(layer))
     if made.pupils.student is not None:
         save_student(made.pupils.student, output / DRAFT_FOLDER, int8=made.options.int8)
     save_file({"ids": ranked.astype("int32")}, output / VOCABULARY_FILE)

@@ -25,6 +25,8 @@ from mirror.export.draft import with_layers
 from mirror.export.trace import decoder_layers
 
 WEIGHTS_FILE = "model.safetensors"
+_DOWN = "down_proj.weight"
+_GATED = ("gate_proj.weight", "up_proj.weight", _DOWN)
 
 
 class Streams(nn.Module):
@@ -155,23 +157,36 @@ def spread_layers(total: int, count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """What a draft has beside its layers: streams, and a feature input normed with `eps` where asked."""
+    """What a draft has beside its layers: streams, and a feature input normed with `eps` where asked.
+
+    `intermediate`: inner channels of its feed-forward parts; None for the target's.
+    """
 
     streams: int = 0
     features: bool = False
     eps: float = 1e-5
+    intermediate: int | None = None
 
 
 def make_student(target: Target, layers: Sequence[int], options: StudentOptions | None = None) -> Student:
-    """Return a draft that starts as the target's `layers`, float32 on the target's device."""
+    """Return a draft that starts as the target's `layers`, float32 on the target's device.
+
+    Raises:
+        DraftError: other inner channels were asked than this architecture can be given.
+    """
+    options = options or StudentOptions()
     config = with_layers(target.config, tuple(layers))
+    if options.intermediate is not None:
+        _check_intermediate(target, options.intermediate)
+        config.intermediate_size = options.intermediate
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     source = decoder_layers(target.model, target.config)
     for own, layer in zip(decoder_layers(model, config), layers, strict=True):
-        own.load_state_dict({name: tensor.float() for name, tensor in source[layer].state_dict().items()})
+        wanted, given = own.state_dict(), source[layer].state_dict()
+        own.load_state_dict({name: _widened(name, value.float(), wanted.get(name)) for name, value in given.items()})
     outside = _outside_layers(target.model.state_dict(), source, target.model)
     model.load_state_dict({name: tensor.float() for name, tensor in outside.items()}, strict=False)
-    return _with_parts(_share(model.to(target.device), target), target, options or StudentOptions())
+    return _with_parts(_share(model.to(target.device), target), target, options)
 
 
 def student_of(folder: Path, target: Target, options: StudentOptions) -> Student:
@@ -200,7 +215,7 @@ def take_up(student: Student, folder: Path, sources: tuple[Sequence[int], Sequen
     """Give a draft the weights of a finished one, whose layers are some of its own.
 
     A layer that the finished draft lacks keeps the target's weights, with its outputs silenced: the
-    draft then computes what the finished one does, and learns from there.
+    draft then computes what the finished one does, and learns from there. So do further inner channels.
 
     Args:
         student: made of the target's layers `sources[1]`.
@@ -208,7 +223,8 @@ def take_up(student: Student, folder: Path, sources: tuple[Sequence[int], Sequen
         sources: which layers both started as.
 
     Raises:
-        DraftError: the finished draft has a layer that this one lacks, or a new layer can't be silenced.
+        DraftError: the finished draft has a layer or inner channels that this one lacks, or a new layer can't be
+            silenced.
     """
     had, have = list(sources[0]), list(sources[1])
     lost = [layer for layer in had if layer not in have]
@@ -291,13 +307,44 @@ def norm_eps(target: Target) -> float:
 
 def _copy(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor], prefix: str) -> None:
     for name, parameter in parameters.items():
-        parameter.copy_(stored[prefix + name])
+        given = stored[prefix + name].to(parameter.device)
+        parameter.copy_(_widened(name, given, parameter))
+
+
+def _widened(name: str, given: Tensor, like: Tensor | None) -> Tensor:
+    """Return a tensor of the shape of `like`: what is given, then channels that add nothing yet.
+
+    Raises:
+        DraftError: it would have to shrink.
+    """
+    if like is None or given.shape == like.shape:
+        return given
+    if any(had > has for had, has in zip(given.shape, like.shape, strict=True)):
+        raise DraftError(
+            f"the draft to start from has {tuple(given.shape)} for {name}, this one {tuple(like.shape)}; "
+            "ask for at least as many inner channels with --draft-intermediate"
+        )
+    wider = torch.zeros_like(like) if name.endswith(_DOWN) else like.detach().clone()
+    wider[tuple(slice(0, size) for size in given.shape)] = given
+    return wider
+
+
+def _check_intermediate(target: Target, asked: int) -> None:
+    had = getattr(target.config, "intermediate_size", None)
+    names = {name for name, _ in decoder_layers(target.model, target.config)[0].named_parameters()}
+    if had is None or not all(any(name.endswith(part) for name in names) for part in _GATED):
+        raise DraftError(
+            f"the feed-forward part of a {type(target.model).__name__} can't be widened (it has no gate, up and down "
+            "matrix of their own); leave out --draft-intermediate"
+        )
+    if asked < had:
+        raise DraftError(
+            f"the target has {had} inner channels, --draft-intermediate is {asked}; ask for at least {had}"
+        )
 
 
 def _silence(layer: nn.Module, folder: Path) -> None:
-    outputs = [
-        value for name, value in layer.named_parameters() if name.endswith(("o_proj.weight", "down_proj.weight"))
-    ]
+    outputs = [value for name, value in layer.named_parameters() if name.endswith(("o_proj.weight", _DOWN))]
     if len(outputs) != 2:
         raise DraftError(
             f"the draft in {folder} can't grow by a {type(layer).__name__}, whose output matrices have other names; "

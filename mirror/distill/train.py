@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,15 @@ from mirror.errors import DraftError
 CHECKPOINT_FILE = "training.pt"
 LOG_FILE = "log.jsonl"
 CHAINS = "streams"  # the name of the rows behind a text among the pupils
+_STREAMS = "streams.weight"  # the draft's parameter that is an embedding
 _MOST_COPIES = 6  # rows without a feature that a chain of training has at most
+
+
+class Optimizer(StrEnum):
+    """What turns gradients into steps: AdamW for all, or Muon (Jordan 2024) for matrices and AdamW for the rest."""
+
+    ADAMW = "adamw"
+    MUON = "muon"
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,8 @@ class TrainOptions:
     KL counts `late_kl`. `stream_every`: positions from one place with streams to the next, `stream_weight`: what
     a stream's loss counts beside the draft's own. `budget_s`: end after so many seconds of training, the
     schedule following the clock, if that comes before `steps`. `stop_after_s`: leave with a checkpoint after so
-    many seconds, to be resumed. `cache_bytes`: device memory for what the target said in the first epoch.
+    many seconds, to be resumed. `cache_bytes`: device memory for what the target said in the first epoch. `optimizer`:
+    Muon takes the same learning rates, since its steps are scaled to the size of AdamW's.
     """
 
     steps: int = 2000
@@ -69,6 +79,7 @@ class TrainOptions:
     stream_every: int = 4
     stream_weight: float = 0.25
     compiled: bool = False
+    optimizer: Optimizer = Optimizer.ADAMW
     seed: int = 0
 
 
@@ -121,7 +132,7 @@ class Trainer:
         self._spent_s = 0.0
         self._answer_tokens = 0
         self._figures: dict[str, float] = {}
-        self._optimizer = _optimizer(pupils, options, target.device)
+        self._optimizers = _optimizers(pupils, options, target.device)
 
     def run(self, progress: DistillProgress) -> TrainReport:
         """Train until the last step, or until time is up; resume from the folder's checkpoint where there is one.
@@ -171,7 +182,11 @@ class Trainer:
         with _mixed(self._target):
             read = read_draft(self._pupils.student, batch, features, chosen, self._target.device)
         torch.autograd.backward([read.own.sum() * 0])
-        self._optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _done(self) -> float:
         """Return the share of the training that is over, by steps or by the clock."""
@@ -191,12 +206,13 @@ class Trainer:
     def _learn_batch(self, batch: Batch) -> None:
         options = self._options
         factor = _schedule(self._step, self._done(), options)
-        for group in self._optimizer.param_groups:
+        for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * factor
         taught = self._teach(batch)
         nn.utils.clip_grad_norm_(self._pupils.own().values(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.step()
+        self._forget_gradients()
         self._step += 1
         self._answer_tokens += len(batch.learned)
         if self._step % 20 == 0:
@@ -310,7 +326,7 @@ class Trainer:
             "answer_tokens": self._answer_tokens,
             "figures": self._figures,
             "own": {name: value.detach() for name, value in self._pupils.own().items()},
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
         partial = self._folder / (CHECKPOINT_FILE + ".partial")
         torch.save(state, partial)
@@ -329,19 +345,29 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state["own"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
+        for optimizer, stored in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
         self._step, self._answer_tokens = int(state["step"]), int(state["answer_tokens"])
         self._spent_s, self._figures = float(state["spent_s"]), dict(state["figures"])
         _cut_log(self._folder / LOG_FILE, self._step)
 
 
-def _optimizer(pupils: Pupils, options: TrainOptions, device: torch.device) -> torch.optim.AdamW:
-    groups = []
+def _optimizers(pupils: Pupils, options: TrainOptions, device: torch.device) -> list[torch.optim.Optimizer]:
+    matrices: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
     for name, parameter in pupils.own().items():
         peak = options.draft_lr if name.startswith("draft.") else options.head_lr
         decay = options.weight_decay if parameter.ndim > 1 else 0.0
-        groups.append({"params": [parameter], "lr": peak, "peak": peak, "weight_decay": decay})
-    return torch.optim.AdamW(_merged(groups), betas=(0.9, 0.95), fused=device.type == "cuda")
+        group = {"params": [parameter], "lr": peak, "peak": peak, "weight_decay": decay}
+        # Rows of an embedding are vectors, not a map: Muon would make them orthogonal.
+        is_matrix = parameter.ndim == 2 and not name.endswith(_STREAMS)
+        (matrices if is_matrix and options.optimizer is Optimizer.MUON else others).append(group)
+    found: list[torch.optim.Optimizer] = []
+    if matrices:
+        found.append(torch.optim.Muon(_merged(matrices), adjust_lr_fn="match_rms_adamw"))
+    if others:
+        found.append(torch.optim.AdamW(_merged(others), betas=(0.9, 0.95), fused=device.type == "cuda"))
+    return found
 
 
 def _merged(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
