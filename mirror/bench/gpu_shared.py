@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mirror.bundle import Form, LayerKV
+from mirror.bundle import LayerKV
 from mirror.targets.base import Device, KVCache, LoadedSegment, LoadRequest
 from mirror.targets.static_shapes import widths_of
+from mirror.targets.watched import OuterDevice
 
 
-class SharedDevice:
+class SharedDevice(OuterDevice):
     """A device that keeps the segments and caches it has made and hands them out again.
 
     With the same caches the segments' recorded passes serve every engine. Only one engine may answer at a time, and
@@ -18,24 +19,9 @@ class SharedDevice:
     """
 
     def __init__(self, inner: Device) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._kept: dict[tuple[Path, str, tuple[int, ...]], LoadedSegment] = {}
         self._caches: dict[tuple[tuple[LayerKV, ...], int], KVCache] = {}
-
-    @property
-    def name(self) -> str:
-        """The inner device's."""
-        return self._inner.name
-
-    @property
-    def form(self) -> Form:
-        """The inner device's."""
-        return self._inner.form
-
-    @property
-    def few_shapes(self) -> bool:
-        """The inner device's."""
-        return self._inner.few_shapes
 
     def load_segment(self, request: LoadRequest) -> LoadedSegment:
         """Return the segment that was loaded for the same widths, or load it."""

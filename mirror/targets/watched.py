@@ -65,12 +65,11 @@ class WatchedSegment:
         return self.watch(Pass(self.request, self.inner, feeds, cache, past_length))
 
 
-class WatchedDevice:
-    """A device whose segments' passes go through a watch."""
+class OuterDevice:
+    """A device in front of another one. Subclass it to do something at a load."""
 
-    def __init__(self, inner: Device, watch: Watch) -> None:
+    def __init__(self, inner: Device) -> None:
         self._inner = inner
-        self._watch = watch
 
     @property
     def name(self) -> str:
@@ -87,10 +86,22 @@ class WatchedDevice:
         """The inner device's."""
         return self._inner.few_shapes
 
-    def load_segment(self, request: LoadRequest) -> WatchedSegment:
+    def load_segment(self, request: LoadRequest) -> LoadedSegment:
         """Load a segment on the inner device."""
-        return WatchedSegment(request, self._inner.load_segment(request), self._watch)
+        return self._inner.load_segment(request)
 
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> KVCache:
         """Return the inner device's cache."""
         return self._inner.make_cache(layers, capacity)
+
+
+class WatchedDevice(OuterDevice):
+    """A device whose segments' passes go through a watch."""
+
+    def __init__(self, inner: Device, watch: Watch) -> None:
+        super().__init__(inner)
+        self._watch = watch
+
+    def load_segment(self, request: LoadRequest) -> WatchedSegment:
+        """Load a segment on the inner device."""
+        return WatchedSegment(request, self._inner.load_segment(request), self._watch)
