@@ -48,3 +48,21 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         raise
     yield folder / "bundle"
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def letters_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny target for distillation, made and taught once."""
+    pytest.importorskip("torch")
+    from tests.letters import make_model
+
+    return make_model(tmp_path_factory.mktemp("distill") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def letters_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts that the tiny target answers."""
+    pytest.importorskip("torch")
+    from tests.letters import write_prompts
+
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "letters.jsonl")

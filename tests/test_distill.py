@@ -22,28 +22,18 @@ from mirror.distill.student import load_student, make_student, save_student, spr
 from mirror.distill.target import Target, load_target  # noqa: E402
 from mirror.distill.train import Pupils  # noqa: E402
 from mirror.errors import DraftError, ExportError  # noqa: E402
-from tests.letters import CPU, make_model, options, write_prompts  # noqa: E402
+from tests.letters import CPU, make_model, options  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("distill") / "tiny")
+def target(letters_model: Path) -> Target:
+    return load_target(str(letters_model), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
-def target(model_folder: Path) -> Target:
-    return load_target(str(model_folder), CPU, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_prompts(tmp_path_factory.mktemp("prompts") / "letters.jsonl")
-
-
-@pytest.fixture(scope="module")
-def trained(model_folder: Path, prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(letters_model: Path, letters_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("out") / "trained"
-    report = distill(str(model_folder), folder, options(prompt_file, folder.parent / "cache"))
+    report = distill(str(letters_model), folder, options(letters_prompts, folder.parent / "cache"))
     assert report.finished
     return folder
 
@@ -115,8 +105,8 @@ class TestLosses:
 
 
 class TestData:
-    def test_corpus_is_cached_and_resumes(self, target: Target, prompt_file: Path, tmp_path: Path) -> None:
-        data = options(prompt_file, tmp_path).data
+    def test_corpus_is_cached_and_resumes(self, target: Target, letters_prompts: Path, tmp_path: Path) -> None:
+        data = options(letters_prompts, tmp_path).data
         first = make_corpus(target, data, tmp_path, SilentProgress())
         shards = sorted(tmp_path.glob("corpus-*/answers-*.npz"))
         assert len(shards) == 4
@@ -126,12 +116,12 @@ class TestData:
         assert (again.tokens == first.tokens).all()
         assert [path.stat().st_mtime_ns for path in shards][::2] == stamps[::2]
 
-    def test_own_prompts_and_passages_become_texts(self, target: Target, prompt_file: Path, tmp_path: Path) -> None:
+    def test_own_prompts_and_passages_become_texts(self, target: Target, letters_prompts: Path, tmp_path: Path) -> None:
         data = dataclasses.replace(
-            options(prompt_file, tmp_path).data, own_prompts=12, passages=6, max_prompt_tokens=400
+            options(letters_prompts, tmp_path).data, own_prompts=12, passages=6, max_prompt_tokens=400
         )
         with_own = make_corpus(target, data, tmp_path, SilentProgress())
-        without = make_corpus(target, options(prompt_file, tmp_path).data, tmp_path, SilentProgress())
+        without = make_corpus(target, options(letters_prompts, tmp_path).data, tmp_path, SilentProgress())
         assert len(with_own) > len(without)
 
     def test_batches_teach_answers_alone(self) -> None:
@@ -207,17 +197,17 @@ class TestDistill:
         assert json.loads((trained / "draft/config.json").read_text())["num_hidden_layers"] == 2
 
     def test_killed_training_ends_like_an_unbroken_one(
-        self, trained: Path, model_folder: Path, prompt_file: Path, tmp_path: Path
+        self, trained: Path, letters_model: Path, letters_prompts: Path, tmp_path: Path
     ) -> None:
-        chosen = options(prompt_file, trained.parent / "cache", stop_after_s=0.0)
+        chosen = options(letters_prompts, trained.parent / "cache", stop_after_s=0.0)
         rounds = 0
         folder = tmp_path / "halting"
-        while not distill(str(model_folder), folder, chosen).finished and rounds < 3:
+        while not distill(str(letters_model), folder, chosen).finished and rounds < 3:
             rounds += 1
-            chosen = options(prompt_file, trained.parent / "cache", stop_after_s=0.3 if rounds < 3 else 1e9)
+            chosen = options(letters_prompts, trained.parent / "cache", stop_after_s=0.3 if rounds < 3 else 1e9)
         assert read_facts(folder)["results"]["steps"] == 80
         first, second = (
-            load_pupils(each, load_target(str(model_folder), CPU, torch.float32)) for each in (trained, folder)
+            load_pupils(each, load_target(str(letters_model), CPU, torch.float32)) for each in (trained, folder)
         )
         for (name, one), two in zip(first.own().items(), second.own().values(), strict=True):
             torch.testing.assert_close(one, two, msg=name)
@@ -225,7 +215,7 @@ class TestDistill:
         assert steps == sorted(steps)
 
     def test_killed_at_any_step_resumes_from_the_last_checkpoint(
-        self, trained: Path, model_folder: Path, prompt_file: Path, tmp_path: Path
+        self, trained: Path, letters_model: Path, letters_prompts: Path, tmp_path: Path
     ) -> None:
         class Killer(SilentProgress):
             left = 33
@@ -236,34 +226,36 @@ class TestDistill:
                     raise KeyboardInterrupt
 
         folder = tmp_path / "killed"
-        chosen = options(prompt_file, trained.parent / "cache", checkpoint_every_s=0.05)
+        chosen = options(letters_prompts, trained.parent / "cache", checkpoint_every_s=0.05)
         killer = Killer()
         killer.left += 90  # the corpus advances once for each of its 90 texts
         with pytest.raises(KeyboardInterrupt):
-            distill(str(model_folder), folder, chosen, killer)
+            distill(str(letters_model), folder, chosen, killer)
         assert not (folder / "distill.json").exists()
-        assert distill(str(model_folder), folder, chosen).finished
-        target = load_target(str(model_folder), CPU, torch.float32)
+        assert distill(str(letters_model), folder, chosen).finished
+        target = load_target(str(letters_model), CPU, torch.float32)
         for one, two in zip(
             load_pupils(trained, target).own().values(), load_pupils(folder, target).own().values(), strict=True
         ):
             torch.testing.assert_close(one, two)
 
-    def test_another_recipe_does_not_resume(self, model_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
+    def test_another_recipe_does_not_resume(self, letters_model: Path, letters_prompts: Path, tmp_path: Path) -> None:
         folder = tmp_path / "half"
-        distill(str(model_folder), folder, options(prompt_file, tmp_path, stop_after_s=0.0))
+        distill(str(letters_model), folder, options(letters_prompts, tmp_path, stop_after_s=0.0))
         with pytest.raises(DraftError, match="another recipe"):
-            distill(str(model_folder), folder, options(prompt_file, tmp_path, draft_lr=0.5))
+            distill(str(letters_model), folder, options(letters_prompts, tmp_path, draft_lr=0.5))
 
     def test_another_target_is_refused_by_name(self, trained: Path, tmp_path: Path) -> None:
         other = load_target(str(make_model(tmp_path / "other", seed=1)), CPU, torch.float32)
         with pytest.raises(DraftError, match="was made for another target"):
             load_pupils(trained, other)
 
-    def test_layers_the_target_lacks_are_refused(self, model_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
-        chosen = dataclasses.replace(options(prompt_file, tmp_path), exit_layers=(6,))
+    def test_layers_the_target_lacks_are_refused(
+        self, letters_model: Path, letters_prompts: Path, tmp_path: Path
+    ) -> None:
+        chosen = dataclasses.replace(options(letters_prompts, tmp_path), exit_layers=(6,))
         with pytest.raises(ExportError, match="6 layers and no layer 6"):
-            distill(str(model_folder), tmp_path / "out", chosen)
+            distill(str(letters_model), tmp_path / "out", chosen)
 
     def test_evaluation_reports_every_category(self, trained: Path, target: Target, tmp_path: Path) -> None:
         pupils = load_pupils(trained, target)

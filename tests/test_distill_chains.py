@@ -30,22 +30,12 @@ from mirror.distill.student import (  # noqa: E402
 )
 from mirror.distill.target import Target, load_target  # noqa: E402
 from mirror.errors import DraftError, ExportError  # noqa: E402
-from tests.letters import CPU, make_model, options, write_prompts  # noqa: E402
+from tests.letters import CPU, make_model, options  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("distill") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def target(model_folder: Path) -> Target:
-    return load_target(str(model_folder), CPU, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_prompts(tmp_path_factory.mktemp("prompts") / "letters.jsonl")
+def target(letters_model: Path) -> Target:
+    return load_target(str(letters_model), CPU, torch.float32)
 
 
 def batch_of(texts: list[tuple[list[int], int]]) -> Batch:
@@ -182,19 +172,21 @@ class TestStart:
             take_up(make_student(target, (0, 5)), tmp_path, ((0, 4), (0, 5)))
 
 
-def short(prompt_file: Path, cache: Path) -> DistillOptions:
-    return options(prompt_file, cache, steps=30, stream_every=2)
+def short(letters_prompts: Path, cache: Path) -> DistillOptions:
+    return options(letters_prompts, cache, steps=30, stream_every=2)
 
 
 class TestKinds:
     def test_streams_learn_and_make_passes(
         self,
-        model_folder: Path,
-        prompt_file: Path,
+        letters_model: Path,
+        letters_prompts: Path,
         target: Target,
         tmp_path: Path,
     ) -> None:
-        made = distill(str(model_folder), tmp_path / "out", options(prompt_file, tmp_path, steps=120, stream_every=2))
+        made = distill(
+            str(letters_model), tmp_path / "out", options(letters_prompts, tmp_path, steps=120, stream_every=2)
+        )
         assert made.figures["streams_top1"] > 0.5
         facts = read_facts(tmp_path / "out")
         assert facts["draft"]["streams"] == 2
@@ -214,13 +206,13 @@ class TestKinds:
 
     def test_a_fed_draft_trains_is_stored_and_measured(
         self,
-        model_folder: Path,
-        prompt_file: Path,
+        letters_model: Path,
+        letters_prompts: Path,
         target: Target,
         tmp_path: Path,
     ) -> None:
-        chosen = dataclasses.replace(short(prompt_file, tmp_path), feature_layer=4, streams=1)
-        assert distill(str(model_folder), tmp_path / "out", chosen).finished
+        chosen = dataclasses.replace(short(letters_prompts, tmp_path), feature_layer=4, streams=1)
+        assert distill(str(letters_model), tmp_path / "out", chosen).finished
         assert read_facts(tmp_path / "out")["draft"]["feature_layer"] == 4
         pupils = load_pupils(tmp_path / "out", target)
         assert pupils.student is not None
@@ -234,14 +226,14 @@ class TestKinds:
 
     def test_a_given_model_becomes_the_draft(
         self,
-        model_folder: Path,
-        prompt_file: Path,
+        letters_model: Path,
+        letters_prompts: Path,
         target: Target,
         tmp_path: Path,
     ) -> None:
         small = make_model(tmp_path / "small", seed=5)
-        chosen = dataclasses.replace(short(prompt_file, tmp_path), draft_layers=None, draft_model=small)
-        assert distill(str(model_folder), tmp_path / "out", chosen).finished
+        chosen = dataclasses.replace(short(letters_prompts, tmp_path), draft_layers=None, draft_model=small)
+        assert distill(str(letters_model), tmp_path / "out", chosen).finished
         assert read_facts(tmp_path / "out")["draft"]["layers"] is None
         with safe_open(tmp_path / "out/draft/model.safetensors", "pt") as stored:
             assert "model.embed_tokens.weight" in stored.keys()  # noqa: SIM118 (no mapping)
@@ -252,26 +244,26 @@ class TestKinds:
 
     def test_a_training_goes_on_from_another(
         self,
-        model_folder: Path,
-        prompt_file: Path,
+        letters_model: Path,
+        letters_prompts: Path,
         tmp_path: Path,
     ) -> None:
-        distill(str(model_folder), tmp_path / "first", options(prompt_file, tmp_path))
+        distill(str(letters_model), tmp_path / "first", options(letters_prompts, tmp_path))
         chosen = dataclasses.replace(
-            options(prompt_file, tmp_path, steps=1, draft_lr=0.0, head_lr=0.0),
+            options(letters_prompts, tmp_path, steps=1, draft_lr=0.0, head_lr=0.0),
             start=tmp_path / "first", draft_layers=(0, 3, 5), adapter_sizes=(24, 16),
         )  # fmt: skip
-        more = distill(str(model_folder), tmp_path / "second", chosen)
+        more = distill(str(letters_model), tmp_path / "second", chosen)
         before = read_facts(tmp_path / "first")["results"]["held_out"]
         for name in ("draft_loss", "exit_2_loss", "exit_4_loss"):
             assert more.figures[name] == pytest.approx(before[name], rel=0.05)
 
-    def test_two_beginnings_are_refused(self, model_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
-        chosen = dataclasses.replace(short(prompt_file, tmp_path), draft_model=model_folder)
+    def test_two_beginnings_are_refused(self, letters_model: Path, letters_prompts: Path, tmp_path: Path) -> None:
+        chosen = dataclasses.replace(short(letters_prompts, tmp_path), draft_model=letters_model)
         with pytest.raises(DraftError, match="give only one of them"):
-            distill(str(model_folder), tmp_path / "out", chosen)
+            distill(str(letters_model), tmp_path / "out", chosen)
 
-    def test_adapter_sizes_must_fit_the_exits(self, model_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
-        chosen = dataclasses.replace(short(prompt_file, tmp_path), adapter_sizes=(4, 5, 6))
+    def test_adapter_sizes_must_fit_the_exits(self, letters_model: Path, letters_prompts: Path, tmp_path: Path) -> None:
+        chosen = dataclasses.replace(short(letters_prompts, tmp_path), adapter_sizes=(4, 5, 6))
         with pytest.raises(ExportError, match="3 adapter sizes for 2 exit layers"):
-            distill(str(model_folder), tmp_path / "out", chosen)
+            distill(str(letters_model), tmp_path / "out", chosen)

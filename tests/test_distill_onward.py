@@ -31,31 +31,21 @@ from mirror.distill.train import Optimizer, Pupils, TrainOptions, _optimizers  #
 from mirror.errors import DraftError, ExportError  # noqa: E402
 from mirror.export.build import ExportOptions, export_bundle  # noqa: E402
 from tests.families import make_checkpoint  # noqa: E402
-from tests.letters import CPU, make_model, options, write_prompts  # noqa: E402
+from tests.letters import CPU, options  # noqa: E402
 
 WIDE = 96  # the target has 64 inner channels
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("distill") / "tiny")
+def target(letters_model: Path) -> Target:
+    return load_target(str(letters_model), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
-def target(model_folder: Path) -> Target:
-    return load_target(str(model_folder), CPU, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_prompts(tmp_path_factory.mktemp("prompts") / "letters.jsonl")
-
-
-@pytest.fixture(scope="module")
-def first(model_folder: Path, prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first(letters_model: Path, letters_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished training of two layers; its corpus lies beside it."""
     folder = tmp_path_factory.mktemp("first") / "out"
-    assert distill(str(model_folder), folder, options(prompt_file, folder.parent / "cache", steps=60)).finished
+    assert distill(str(letters_model), folder, options(letters_prompts, folder.parent / "cache", steps=60)).finished
     return folder
 
 
@@ -101,23 +91,23 @@ class TestWider:
         with pytest.raises(DraftError, match="of a OPTForCausalLM can't be widened"):
             make_student(other, (0,), StudentOptions(intermediate=4096))
 
-    def test_a_given_model_keeps_its_shape(self, model_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
+    def test_a_given_model_keeps_its_shape(self, letters_model: Path, letters_prompts: Path, tmp_path: Path) -> None:
         chosen = dataclasses.replace(
-            options(prompt_file, tmp_path), draft_layers=None, draft_model=model_folder, draft_intermediate=WIDE
+            options(letters_prompts, tmp_path), draft_layers=None, draft_model=letters_model, draft_intermediate=WIDE
         )
         with pytest.raises(DraftError, match="keeps its shape"):
-            distill(str(model_folder), tmp_path / "out", chosen)
+            distill(str(letters_model), tmp_path / "out", chosen)
 
 
 class TestFrozenHeads:
     def test_they_are_taken_over_as_they_are_and_the_whole_exports(
-        self, first: Path, model_folder: Path, prompt_file: Path, target: Target, tmp_path: Path
+        self, first: Path, letters_model: Path, letters_prompts: Path, target: Target, tmp_path: Path
     ) -> None:
         chosen = dataclasses.replace(
-            options(prompt_file, first.parent / "cache", steps=4),
+            options(letters_prompts, first.parent / "cache", steps=4),
             exit_layers=None, start=first, frozen_exit_heads=True, draft_intermediate=WIDE, draft_layers=(0, 3, 5),
         )  # fmt: skip
-        made = distill(str(model_folder), tmp_path / "out", chosen)
+        made = distill(str(letters_model), tmp_path / "out", chosen)
         assert not [name for name in made.figures if name.startswith("exit_")]
         facts = read_facts(tmp_path / "out")
         assert facts["exit_layers"] == [2, 4]
@@ -126,41 +116,43 @@ class TestFrozenHeads:
             assert (tmp_path / "out" / name).read_bytes() == (first / name).read_bytes()
         assert sorted(load_pupils(tmp_path / "out", target).heads) == [2, 4]
         wanted = ExportOptions(draft=str(tmp_path / "out"), gamma=3, max_length=64, exit_layer="2")
-        export_bundle(str(model_folder), tmp_path / "bundle", wanted)  # its self-check compares graphs with torch
+        export_bundle(str(letters_model), tmp_path / "bundle", wanted)  # its self-check compares graphs with torch
         text = (tmp_path / "out/README.md").read_text()
         assert "taken over from the training" in text
         assert "96 inner channels" in text
 
-    def test_they_need_a_training_to_come_from(self, model_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
-        chosen = dataclasses.replace(options(prompt_file, tmp_path), frozen_exit_heads=True)
+    def test_they_need_a_training_to_come_from(
+        self, letters_model: Path, letters_prompts: Path, tmp_path: Path
+    ) -> None:
+        chosen = dataclasses.replace(options(letters_prompts, tmp_path), frozen_exit_heads=True)
         with pytest.raises(DraftError, match="name it with --start"):
-            distill(str(model_folder), tmp_path / "out", chosen)
+            distill(str(letters_model), tmp_path / "out", chosen)
 
     def test_a_head_that_is_not_there_is_named(
-        self, first: Path, model_folder: Path, prompt_file: Path, tmp_path: Path
+        self, first: Path, letters_model: Path, letters_prompts: Path, tmp_path: Path
     ) -> None:
         chosen = dataclasses.replace(
-            options(prompt_file, tmp_path), start=first, frozen_exit_heads=True, exit_layers=(2, 3)
+            options(letters_prompts, tmp_path), start=first, frozen_exit_heads=True, exit_layers=(2, 3)
         )
         with pytest.raises(DraftError, match="has exit heads for layers 2, 4, not for layer 3"):
-            distill(str(model_folder), tmp_path / "out", chosen)
+            distill(str(letters_model), tmp_path / "out", chosen)
 
 
 class TestKeptTexts:
-    def test_a_training_learns_from_them_alone(self, first: Path, model_folder: Path, tmp_path: Path) -> None:
+    def test_a_training_learns_from_them_alone(self, first: Path, letters_model: Path, tmp_path: Path) -> None:
         corpus = load_corpus(kept_texts(first), read_facts(first)["target"]["fingerprint"])
         chosen = options(first, tmp_path, steps=1)
         data = dataclasses.replace(chosen.data, files=(), texts=(kept_texts(first),))
-        distill(str(model_folder), tmp_path / "out", dataclasses.replace(chosen, data=data))
+        distill(str(letters_model), tmp_path / "out", dataclasses.replace(chosen, data=data))
         facts = read_facts(tmp_path / "out")
         assert facts["corpus"]["texts"] == len(corpus) == read_facts(first)["corpus"]["texts"]
         assert facts["recipe"]["data"]["texts"] == [TEXTS_FILE]
         assert f"its corpora from before ({TEXTS_FILE})" in (tmp_path / "out/README.md").read_text()
 
     def test_they_come_before_what_is_written(
-        self, first: Path, prompt_file: Path, target: Target, tmp_path: Path
+        self, first: Path, letters_prompts: Path, target: Target, tmp_path: Path
     ) -> None:
-        data = dataclasses.replace(options(prompt_file, tmp_path).data, own_prompts=6, ask_prompts=False, seed=3)
+        data = dataclasses.replace(options(letters_prompts, tmp_path).data, own_prompts=6, ask_prompts=False, seed=3)
         fresh = make_corpus(target, data, tmp_path, SilentProgress())
         assert 0 < len(fresh) <= 12  # six turns of its own, none of the file's sixty prompts
         both = make_corpus(target, dataclasses.replace(data, texts=(kept_texts(first),)), tmp_path, SilentProgress())
@@ -191,17 +183,19 @@ def test_shards_end_at_their_size_and_where_prompts_get_longer() -> None:
 
 
 class TestMuon:
-    def test_it_learns_and_resumes(self, model_folder: Path, prompt_file: Path, first: Path, tmp_path: Path) -> None:
-        chosen = options(prompt_file, first.parent / "cache", steps=30, optimizer=Optimizer.MUON, measure_every=10)
+    def test_it_learns_and_resumes(
+        self, letters_model: Path, letters_prompts: Path, first: Path, tmp_path: Path
+    ) -> None:
+        chosen = options(letters_prompts, first.parent / "cache", steps=30, optimizer=Optimizer.MUON, measure_every=10)
         whole = tmp_path / "whole"
-        assert distill(str(model_folder), whole, chosen).finished
+        assert distill(str(letters_model), whole, chosen).finished
         log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
         held = [item["held_out"]["draft_loss"] for item in log if "held_out" in item]
         assert held[-1] < 0.9 * held[0]
         assert read_facts(whole)["recipe"]["train"]["optimizer"] == "muon"
         halting = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, stop_after_s=0.2))
         turns = 0
-        while not distill(str(model_folder), tmp_path / "halting", halting).finished:
+        while not distill(str(letters_model), tmp_path / "halting", halting).finished:
             turns += 1
             assert turns < 60
         ended, broken = (load_file(each / "draft/model.safetensors") for each in (whole, tmp_path / "halting"))

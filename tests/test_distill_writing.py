@@ -23,22 +23,12 @@ from mirror.distill.prompts import Prompt, given_passages, given_tasks  # noqa: 
 from mirror.distill.run import distill, load_ranking, read_facts  # noqa: E402
 from mirror.distill.target import Target, load_target  # noqa: E402
 from mirror.distill.teacher import Teacher  # noqa: E402
-from tests.letters import CPU, make_model, options, write_prompts  # noqa: E402
+from tests.letters import CPU, options  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("distill") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def target(model_folder: Path) -> Target:
-    return load_target(str(model_folder), CPU, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_prompts(tmp_path_factory.mktemp("prompts") / "letters.jsonl")
+def target(letters_model: Path) -> Target:
+    return load_target(str(letters_model), CPU, torch.float32)
 
 
 class TestPrompts:
@@ -121,12 +111,12 @@ for group, dim in ((3, 64), (1, 16), (8, 32)):
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
-def test_evaluation_sets_defaults(model_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
+def test_evaluation_sets_defaults(letters_model: Path, letters_prompts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    distill(str(model_folder), folder, options(prompt_file, tmp_path, steps=20))
+    distill(str(letters_model), folder, options(letters_prompts, tmp_path, steps=20))
     lines = [{"question_id": i, "category": "abc"[i % 3], "turns": ["abcd"[: 1 + i % 4]]} for i in range(6)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    arguments = [str(model_folder), str(folder), str(tmp_path / "questions.jsonl"), str(tmp_path / "result.json")]
+    arguments = [str(letters_model), str(folder), str(tmp_path / "questions.jsonl"), str(tmp_path / "result.json")]
     done = CliRunner().invoke(evaluate, [*arguments, "--max-new-tokens", "24", "--set-defaults"])
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "result.json").read_text())
