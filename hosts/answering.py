@@ -60,7 +60,8 @@ class Host:
             line = ""
         if not line:
             assert self._process.stderr is not None
-            raise HostError(self._process.stderr.read().strip()[-1500:])
+            said = self._process.stderr.read().strip()[-1500:]
+            raise HostError(f"{said or 'it said nothing'} (exit status {self._process.wait()})")
         result: dict[str, Any] = json.loads(line)
         return result
 

@@ -22,6 +22,7 @@ from mirror.errors import BundleError
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "mirror.json"
+ROLLOUT_SLOTS = 4096  # slots past max_length that a draft's graphs have room for: the rows of a rollout
 DATE_MARK = "{{date}}"  # in a chat format's texts, for today's date
 
 # The names a graph may use. A host computes every input below from its cursor and feeds those
@@ -32,7 +33,7 @@ INPUT_NAMES = (
     "hidden_states",  # [1, width, hidden], the exit layer's state
     "logit_rows",  # int64 [rows], the rows of this pass whose logits are wanted
     "seqlens_k",  # int32 [1] = past_length + width - 1
-    "total_sequence_length",  # int32 [] = past_length + width
+    "total_sequence_length",  # int32 [] >= past_length + width
     "past_length",  # int32 [1], the filled slots before this pass
     "row_visible",  # int32 [width], the row sees trunk slots < row_visible
     "row_branch",  # int32 [width], the row also sees earlier slots of this branch

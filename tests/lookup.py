@@ -262,6 +262,9 @@ def _suffix(path: Path, model: Lookup, form: Form) -> Graph:
     s1 = _attend(g, 1, _layer_1_values(g, ids, s0, own), first, visible, form)
     logits = g.op("Gather", _table_rows(g, model, ids, s0, s1), g.take("logit_rows"))
     g.give("logits", g.op("Unsqueeze", logits, g.ints([0])), "float32", (1, "rows", model.vocab_size))
+    if form is Form.INPLACE:
+        likeliest = g.op("ArgMax", logits, axis=-1, keepdims=0)
+        g.give("token_ids", g.op("Unsqueeze", likeliest, g.ints([0])), "int64", (1, "rows"))
     return g.save(path)
 
 

@@ -139,7 +139,7 @@ def test_graphs_compute_what_torch_does(
     width = len(TOKENS) + 2
     features = np.random.default_rng(0).standard_normal((width, HIDDEN)).astype(np.float32)
     vocab = manifest.model.vocab_size
-    feeds = FeedPool(CAPACITY, 64, branches=True).at(width)
+    feeds = FeedPool(CAPACITY, 64).at(width)
     places = np.arange(width)
     feeds.fill_rows(
         np.array([*TOKENS, vocab, vocab + 1]),

@@ -22,6 +22,7 @@ COMMAND_LINE = {"__main__", "cli", "console", "answering", "default_model", "sum
 PURE = {
     "acceptance",
     "candidates",
+    "contenders",
     "noise",
     "options",
     "records",

@@ -1,9 +1,6 @@
 """Segments and caches on ONNX Runtime: slots, bindings, and what a refused pass says."""
 
-import ctypes
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -27,6 +24,7 @@ from mirror.targets.onnxruntime_session import (
 )
 from mirror.targets.openvino_plugin import FedSegment
 from tests.lookup import Lookup, LookupBundle, random_table, write_bundle
+from tests.streams import FakeStream, streamed
 
 CAPACITY = 12
 
@@ -154,78 +152,10 @@ def test_caches_start_zeroed_in_every_dtype() -> None:
             assert not buffer.array.any()
 
 
-class _FakeMark:
-    def __init__(self, log: list[str]) -> None:
-        self._log = log
-
-    def renew(self) -> None:
-        self._log.append("renew")
-
-    def wait(self) -> None:
-        self._log.append("wait")
-
-
-class _FakeRecording:
-    """Runs again what was launched: a session on the host can do no better."""
-
-    def __init__(self, launch: Callable[[], None], log: list[str]) -> None:
-        self._launch, self._log = launch, log
-
-    def replay(self) -> None:
-        self._log.append("replay")
-        self._launch()
-
-
-class _FakeStream:
-    """A GPU's stream over host memory: device addresses are this process's own."""
-
-    handle = 1
-
-    def __init__(self, *, records: bool = True) -> None:
-        self.records = records
-        self.log: list[str] = []
-        self.kept: list[np.ndarray[Any, Any]] = []
-
-    def pinned(self, dtype: str, shape: Sequence[int]) -> np.ndarray[Any, Any]:
-        self.kept.append(np.zeros(shape, dtype))
-        return self.kept[-1]
-
-    def clear(self, address: int, size: int) -> None:
-        ctypes.memset(address, 0, size)
-
-    def upload(self, address: int, source: np.ndarray[Any, Any]) -> None:
-        self.log.append("upload")
-        ctypes.memmove(address, source.ctypes.data, source.nbytes)
-
-    def download(self, target: np.ndarray[Any, Any], address: int) -> None:
-        ctypes.memmove(target.ctypes.data, address, target.nbytes)
-
-    def wait(self) -> None:
-        self.log.append("stream wait")
-
-    def record(self, launch: Callable[[], None]) -> _FakeRecording | None:
-        self.log.append("record")
-        return _FakeRecording(launch, self.log) if self.records else None
-
-    def mark(self) -> _FakeMark:
-        return _FakeMark(self.log)
-
-
-def _streamed(stream: _FakeStream, *, replays: bool = False) -> OnnxRuntimeDevice:
-    provider = Provider(
-        "CPUExecutionProvider",
-        sized_inputs=frozenset({"total_sequence_length"}),
-        stream=stream,
-        replays=replays,
-        fixed_widths=True,
-    )
-    return OnnxRuntimeDevice("fake:0", provider)
-
-
 @pytest.mark.parametrize("name", ["target_prefix", "target_suffix", "draft"])
 def test_a_stream_brings_all_inputs_in_one_copy_and_the_pass_computes_the_same(bundle: Path, name: str) -> None:
-    stream, found = _FakeStream(), []
-    for device in (_streamed(stream), CpuDevice()):
+    stream, found = FakeStream(), []
+    for device in (streamed(stream), CpuDevice()):
         segment = read_manifest(bundle).segments[name]
         loaded = device.load_segment(LoadRequest(bundle, segment, [PassShape(3)], CAPACITY, 1))
         cache, feeds, results = device.make_cache(segment.kv, CAPACITY), FeedPool(CAPACITY, 100).at(3), []
@@ -236,14 +166,14 @@ def test_a_stream_brings_all_inputs_in_one_copy_and_the_pass_computes_the_same(b
             outputs = loaded.run(given, cache, past)
             results.append({key: np.array(to_host(value)) for key, value in outputs.items()})
         found.append(results)
-    for streamed, plain in zip(*found, strict=True):
-        assert all(np.array_equal(streamed[key], plain[key]) for key in plain)
+    for launched, plain in zip(*found, strict=True):
+        assert all(np.array_equal(launched[key], plain[key]) for key in plain)
     assert [entry for entry in stream.log if entry in ("upload", "wait")] == ["wait", "upload"] * 3
 
 
 def test_the_total_that_chooses_a_kernel_is_the_capacity_at_every_pass(bundle: Path) -> None:
     """A cursor there would make a GPU choose, and plan, another kernel for every token."""
-    device, segment = _streamed(_FakeStream()), read_manifest(bundle).segments["target_suffix"]
+    device, segment = streamed(FakeStream()), read_manifest(bundle).segments["target_suffix"]
     loaded = device.load_segment(LoadRequest(bundle, segment, [PassShape(3)], CAPACITY, 1))
     cache, feeds = device.make_cache(segment.kv, CAPACITY), FeedPool(CAPACITY, 100).at(3)
     feeds.fill_causal(np.array([1, 2, 3]), 0)
@@ -256,10 +186,44 @@ def test_the_total_that_chooses_a_kernel_is_the_capacity_at_every_pass(bundle: P
     assert [int(value.numpy()) for value in totals] == [CAPACITY]
 
 
+def test_branches_get_a_total_little_above_what_is_filled(tmp_path: Path) -> None:
+    """Their attention looks at every slot below it; a number of its own for each pass could not be recorded."""
+    nodes = [
+        helper.make_node("Cast", ["total_sequence_length"], ["total"], to=TensorProto.INT64),
+        helper.make_node("Shape", ["slot_branch"], ["slots"]),
+        helper.make_node("Mul", ["position_ids", "slots"], ["none"]),
+        helper.make_node("Add", ["none", "total"], ["token_ids"]),
+    ]
+    inputs = (
+        TensorSpec("position_ids", "int64", (1, "width")),
+        TensorSpec("total_sequence_length", "int32", ()),
+        TensorSpec("slot_branch", "int32", ("capacity",)),
+    )
+    types = {"int64": TensorProto.INT64, "int32": TensorProto.INT32}
+    infos = [helper.make_tensor_value_info(spec.name, types[spec.dtype], list(spec.shape)) for spec in inputs]
+    end = helper.make_tensor_value_info("token_ids", TensorProto.INT64, [1, "width"])
+    made = helper.make_model(
+        helper.make_graph(nodes, "draft", infos, [end]), opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+    )
+    onnx.save(made, tmp_path / "draft.onnx")
+    graph = Graph("draft.onnx", inputs, (TensorSpec("token_ids", "int64", (1, "width")),))
+    segment, device = Segment("draft", (), {Form.INPLACE: graph}), streamed(FakeStream(), replays=True)
+    loaded = device.load_segment(LoadRequest(tmp_path, segment, [PassShape(3)], 700, 1))
+    cache, feeds, totals = device.make_cache((), 700), FeedPool(700, 1000).at(3), []
+    for past in (0, 1, 253, 254, 600):
+        feeds.fill_causal(np.array([1, 2, 3]), past)
+        positions = np.zeros((1, 3), np.int64)
+        totals.append(
+            int(to_host(loaded.run({**feeds.tensors, "position_ids": positions}, cache, past)["token_ids"])[0, 0])
+        )
+    assert totals == [256, 256, 256, 512, 700]
+    assert len(loaded._bound) == 3
+
+
 @pytest.mark.parametrize("records", [True, False])
 def test_the_third_pass_is_recorded_and_replayed_from_then_on(bundle: Path, records: bool) -> None:
-    stream = _FakeStream(records=records)
-    device, segment = _streamed(stream, replays=True), read_manifest(bundle).segments["target_prefix"]
+    stream = FakeStream(records=records)
+    device, segment = streamed(stream, replays=True), read_manifest(bundle).segments["target_prefix"]
     request = LoadRequest(bundle, segment, [PassShape(3)], CAPACITY, 1)
     loaded = device.load_segment(request)
     assert loaded.widths == (3,)
@@ -273,9 +237,9 @@ def test_the_third_pass_is_recorded_and_replayed_from_then_on(bundle: Path, reco
 
 
 def test_a_tensor_of_the_same_stream_is_bound_and_another_is_copied(bundle: Path) -> None:
-    streams = _FakeStream(), _FakeStream()
+    streams = FakeStream(), FakeStream()
     segment = read_manifest(bundle).segments["exit_head"]
-    loaded = _streamed(streams[0]).load_segment(LoadRequest(bundle, segment, [PassShape(3)], 1, 1))
+    loaded = streamed(streams[0]).load_segment(LoadRequest(bundle, segment, [PassShape(3)], 1, 1))
     positions = np.zeros((1, 3), np.int64)
     for stream in streams:
         state = make_buffer(Memory(), "float32", (1, 3, 4))

@@ -1,6 +1,7 @@
 """The target's choice: greedy ties, transformers' processing order, and the law of a draw."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 
 from mirror.errors import DeviceError, RequestError
 from mirror.runtime import sampling
+from mirror.runtime.contenders import Peaks
 from mirror.runtime.noise import PICK_TOKEN, TAIL_TOKEN, gumbel, philox, uniforms
+from mirror.runtime.records import Floats
 from mirror.runtime.sampling import Kept, Sampler, SamplingParams, draw, process
 from tests.lookup import chi_square, chi_square_limit, random_table, softmax
 
@@ -188,19 +191,107 @@ def test_draws_at_neighbouring_positions_are_independent() -> None:
     assert statistic < chi_square_limit(degrees, FALSE_ALARM)
 
 
-@pytest.mark.parametrize("spread", [0.5, 2.0, 8.0])
-def test_a_large_vocabulary_is_drawn_from_as_a_plain_search_would(spread: float) -> None:
-    """The shortcuts for the likeliest tokens and for the tail change no draw."""
-    source = np.random.default_rng(7)
-    for position in range(60):
-        logits = (source.standard_normal(20_011) * spread).astype(np.float32)
-        kept = sampling.process(logits, SamplingParams(1.0), None)
-        order = np.argsort(-kept.scores, kind="stable")
-        head, tail = np.sort(order[: sampling.HEAD_TOKENS]), np.sort(order[sampling.HEAD_TOKENS :])
-        noise = uniforms(3, position, np.append(head, [TAIL_TOKEN, PICK_TOKEN]))
-        race = kept.scores[head] + gumbel(noise[:-2])
-        mass = np.cumsum(np.exp(kept.scores[tail]))
-        shared = np.log(mass[-1]) + gumbel(noise[-2])
-        picked = tail[min(int(np.searchsorted(mass, noise[-1] * mass[-1], side="right")), mass.size - 1)]
-        expected = head[np.argmax(race)] if race.max() >= shared else picked
-        assert sampling.draw(kept, 3, position) == expected
+def _plain_choice(logits: Floats, params: SamplingParams, seen: np.ndarray, position: int) -> int:
+    """Choose as docs/sampling.md says it, step by step over the whole row."""
+    penalty = np.float32(params.repetition_penalty)
+    lowered = np.where(logits < 0, logits * penalty, logits / penalty)
+    scores = np.where(seen, lowered, logits).astype(np.float64) / params.temperature
+    ids = np.flatnonzero(scores > -np.inf)
+    scores = scores[ids] - scores[ids].max()
+    if 0 < params.top_k < ids.size:
+        keep = scores >= np.sort(scores)[-params.top_k]
+        ids, scores = ids[keep], scores[keep]
+    order = np.argsort(-scores, kind="stable")
+    if params.top_p < 1:
+        reached = np.cumsum(np.exp(scores)[order]) >= params.top_p * np.cumsum(np.exp(scores))[-1]
+        count = int(np.argmax(reached)) + 1 if reached.any() else ids.size
+        keep = np.sort(order[:count])
+        ids, scores = ids[keep], scores[keep]
+    if params.min_p > 0:
+        keep = np.exp(scores) >= params.min_p
+        ids, scores = ids[keep], scores[keep]
+    return _plain_draw(ids, scores, params.seed, position)
+
+
+def _plain_draw(ids: np.ndarray, scores: np.ndarray, seed: int, position: int) -> int:
+    order = np.argsort(-scores, kind="stable")
+    head, tail = np.sort(order[: sampling.HEAD_TOKENS]), np.sort(order[sampling.HEAD_TOKENS :])
+    values = scores[head] + gumbel(uniforms(seed, position, ids[head]))
+    if tail.size == 0:
+        return int(ids[head[np.argmax(values)]])
+    noise = uniforms(seed, position, np.array([TAIL_TOKEN, PICK_TOKEN]))
+    mass = np.cumsum(np.exp(scores[tail]))
+    if mass[-1] == 0 or values.max() >= np.log(mass[-1]) + gumbel(noise[:1])[0]:
+        return int(ids[head[np.argmax(values)]])
+    return int(ids[tail[min(int(np.searchsorted(mass, noise[1] * mass[-1], side="right")), mass.size - 1)]])
+
+
+def _odd_rows() -> Iterator[tuple[str, Floats]]:
+    """Yield rows of logits that shortcuts might get wrong."""
+    source, wide = np.random.default_rng(7), 8_192 + 64 + 11  # blocks enough for the search by blocks, and a rest
+    for vocab in (7, 64, 65, 300, 8_191, wide):
+        for spread in (0.5, 2.0, 8.0):
+            yield f"spread {spread}", (source.standard_normal(vocab) * spread).astype(np.float32)
+    likely = (source.standard_normal(wide) * 2).astype(np.float32)
+    likely[source.integers(0, wide, 100)] += source.exponential(6, 100).astype(np.float32)
+    yield "a few likely ones", likely
+    yield "half precision, so many ties", likely.astype(np.float16).astype(np.float32)
+    yield "all alike", np.full(wide, 3, np.float32)
+    likely[-5:] = 25
+    yield "the likeliest last, past the last block", likely
+    for finite in (1, 3, 64, 65, 128, 500):
+        sparse = np.full(wide, -np.inf, np.float32)
+        sparse[source.choice(wide, finite, replace=False)] = source.standard_normal(finite)
+        yield f"{finite} finite ones", sparse
+    # Their scores are one number in float64, though their logits differ: the lowest ids are the head.
+    close = (source.standard_normal(wide) * 1e-20).astype(np.float32)
+    close[[5, 50]] = 3
+    yield "differences that are lost", close
+
+
+_LAWS = [
+    {},
+    {"top_p": 0.9},
+    {"top_p": 0.999},
+    {"top_k": 1},
+    {"top_k": 20},
+    {"top_k": 500, "top_p": 0.95},
+    {"min_p": 0.05},
+    {"min_p": 0.02, "top_p": 0.9},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.7, "top_k": 40, "top_p": 0.8, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 0.3, 1.0, 4.0, 1e7])
+@pytest.mark.parametrize("law", _LAWS, ids=str)
+def test_shortcuts_change_no_choice(law: dict[str, float], temperature: float) -> None:
+    """Bounds in float32 and searches by blocks save time; the token is that of the whole row, worked through."""
+    params = SamplingParams(temperature, seed=3, **law)  # type: ignore[arg-type]
+    for name, logits in _odd_rows():
+        context = np.arange(0, logits.size, 3)
+        seen = np.zeros(logits.size, np.bool_)
+        seen[context] = True
+        sampler = Sampler(params, logits.size, context)
+        for position in range(4):
+            expected = _plain_choice(logits, params, seen, position)
+            assert sampler.choose(logits, position) == expected, (name, logits.size, position)
+
+
+def test_a_tail_that_wins_is_drawn_from_as_the_whole_row_would() -> None:
+    """Most of the mass is past the head here, so most draws go all the way."""
+    logits = (np.random.default_rng(1).standard_normal(20_011) * 0.5).astype(np.float32)
+    params, seen = SamplingParams(1.0, seed=9), np.zeros(logits.size, np.bool_)
+    head = set(np.argsort(-logits)[: sampling.HEAD_TOKENS].tolist())
+    chosen = [Sampler(params, logits.size, NO_CONTEXT).choose(logits, position) for position in range(40)]
+    assert chosen == [_plain_choice(logits, params, seen, position) for position in range(40)]
+    assert sum(token in head for token in chosen) < 20
+
+
+def test_the_whole_row_is_left_alone_where_the_head_is_sure_to_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = np.zeros(20_011, np.float32)
+    logits[[3, 7_000]] = 40
+    monkeypatch.setattr(sampling, "_settle", lambda race, kept: pytest.fail("the tail was summed up"))
+    monkeypatch.setattr(Peaks, "mass", lambda peaks: pytest.fail("the row's exponentials were taken"))
+    sampler = Sampler(SamplingParams(1.0, seed=9), logits.size, NO_CONTEXT)
+    assert {sampler.choose(logits, position) for position in range(20)} == {3, 7_000}

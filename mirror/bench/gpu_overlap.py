@@ -79,15 +79,17 @@ class Overlap:
             rows, _ = target.prefill(context[past : context.size - 1], past, chunk)
             past += rows
         seat.finish(seat.start(lambda draft: draft.read(context)))
-        kept = target.run_exit_head(target.run_prefix(window, context.size - 1))
+        kept = target.run_exit_head(target.run_prefix(window, context.size - 1)).read()
         logprobs = None if kept.logprobs is None else kept.logprobs.copy()
         self._candidates = Candidates(kept.ids.copy(), logprobs)
 
     def step(self, meeting: Meeting) -> None:
         """Run the target's step, offering the exit's candidates on the way."""
         state = self._target.run_prefix(self._window, self._context.size - 1)
-        meeting.offer(self._target.run_exit_head(state))
-        self._target.run_suffix(state)
+        candidates = self._target.run_exit_head(state)
+        ahead = self._target.run_suffix(state) if candidates.pending else None
+        meeting.offer(candidates.read())
+        (ahead or self._target.run_suffix(state)).wait()
 
     def rollout(self, draft: Draft, meeting: Meeting) -> float:
         """Run the whole rollout; return when it ended."""

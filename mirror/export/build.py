@@ -18,6 +18,7 @@ import torch
 from transformers import PretrainedConfig
 
 from mirror.bundle import (
+    ROLLOUT_SLOTS,
     SCHEMA_VERSION,
     Decoding,
     DraftFacts,
@@ -259,7 +260,9 @@ class _Job:
         self, name: str, traced: Traced, aliases: Mapping[str, Aliases], binder: Binder
     ) -> tuple[ir.Model, Binder]:
         """Return a traced graph, normalised and with its weights, and the binder that gave them."""
-        model = normalize(traced, _positions(self.checkpoint, self.max_length))
+        # An attention operator wants tables as long as the slots that it looks at, rows of branches included.
+        slots = ROLLOUT_SLOTS if name == "draft" else 0
+        model = normalize(traced, _positions(self.checkpoint, self.max_length) + slots)
         self.progress.start(f"weights of the {name}", None)
         if self.vocabulary is not None:
             added = self.vocabulary.add_logits(model.graph, aliases)

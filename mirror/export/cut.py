@@ -44,7 +44,7 @@ def cut_target(source: ir.Model, exit_layer: int, kappa: int) -> Iterator[Piece]
         yield _piece("target_prefix", form, prefix, "hidden_states")
         suffix = _from_hidden(source, exit_layer - 1)
         _keep_rows(suffix, last)
-        yield _piece("target_suffix", form, suffix, "logits", _as_float)
+        yield _piece("target_suffix", form, suffix, "logits", _likeliest if form is Form.INPLACE else _as_float)
         head = _from_hidden(source, last, TRIMMED_LOGITS if IDS in source.graph.initializers else "logits")
         _trained_head(source, head, exit_layer)
         ids = _vocabulary(source, head)
@@ -214,6 +214,18 @@ def _as_float(emit: Emitter, logits: ir.Value) -> list[ir.Value]:
     return [
         logits if logits.dtype is ir.DataType.FLOAT else _named(emit.cast(logits, ir.DataType.FLOAT), "logits", logits)
     ]
+
+
+def _likeliest(emit: Emitter, logits: ir.Value) -> list[ir.Value]:
+    """Return the logits and each row's likeliest token, so that a host which wants no more need not read the logits."""
+    (wide,) = _as_float(emit, logits)
+    ids = first_greatest(emit, wide, dimension(wide, 2))
+    last = emit.int64s(2)
+    greatest_logits = emit.op("GatherElements", [wide, emit.op("Unsqueeze", [ids, last])], {"axis": -1})
+    # Nothing times zero is a number but a number.
+    nought = emit.op("Mul", [greatest_logits, emit.constant("nought", np.array(0, np.float32))])
+    finite = emit.op("Equal", [nought, nought])
+    return [wide, _as_token_ids(emit.op("Where", [emit.op("Squeeze", [finite, last]), ids, emit.int64s(-1)]))]
 
 
 def _named(value: ir.Value, name: str, like: ir.Value) -> ir.Value:

@@ -125,9 +125,9 @@ class Lowering:
     def _grouped(
         self, emit: Emitter, node: ir.Node, past: list[ir.Value], masks: Masks, heads: int, kv_heads: int
     ) -> tuple[ir.Value, list[ir.Value]]:
-        """`GroupQueryAttention`, with the rotary embedding inside where rows follow each other."""
+        """`GroupQueryAttention`, with the rotary embedding inside where it can turn whole heads."""
         query, key, value = wired(*node.inputs)
-        rotary = None if self.branches else _shared_rotary(query, key)
+        rotary = _shared_rotary(query, key)
         if rotary is not None:
             query, key = wired(producer_input(query), producer_input(key))
         flat = _packed(query, key, value) or [_flat(emit, part) for part in (query, key, value)]
@@ -136,7 +136,8 @@ class Lowering:
         tables = [rotary.inputs[1], rotary.inputs[2]] if rotary is not None else [None, None]
         inputs = [*flat, *past, emit.input("seqlens_k"), emit.input("total_sequence_length"), *tables]
         if mask is not None:
-            inputs += [None, mask]
+            # Rows of branches don't follow each other, so they say where they are.
+            inputs += [rotary.inputs[3] if rotary is not None else None, mask]
         attributes = {
             "num_heads": heads,
             "kv_num_heads": kv_heads,

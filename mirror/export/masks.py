@@ -46,14 +46,14 @@ class Masks:
         return self._made[window]
 
     def _inplace(self, window: int) -> ir.Value:
-        """Return bool `[width, capacity]`: keys are all slots of the buffer.
+        """Return bool `[width, total]`: keys are the buffer's first `total_sequence_length` slots.
 
-        With branches `total_sequence_length` is the capacity in every pass, so all shapes are the same in every
-        pass, and no number leaves the host but that one: a pass can be recorded.
+        That is the only number that leaves the host; passes that are given the same can be recorded.
         """
         emit = self.emit
-        seen = self._trunk(emit.range_to(emit.input("total_sequence_length")), window)
-        return emit.op("Or", [seen, self._same_branch(emit.input("slot_branch"))])
+        slots = emit.range_to(emit.input("total_sequence_length"))
+        owners = emit.op("Gather", [emit.input("slot_branch"), slots], {"axis": 0})
+        return emit.op("Or", [self._trunk(slots, window), self._same_branch(owners)])
 
     def _rows(self, window: int) -> ir.Value:
         """Return bool `[width, capacity + width]`: keys are the buffer's slots, then this pass's rows."""

@@ -23,11 +23,8 @@ class PassFeeds:
         tensors: inputs by catalogue name; the arrays are this object's own.
     """
 
-    def __init__(
-        self, width: int, max_positions: int, slot_branch: np.ndarray[tuple[int], np.dtype[np.int32]], *, branches: bool
-    ) -> None:
+    def __init__(self, width: int, max_positions: int, slot_branch: np.ndarray[tuple[int], np.dtype[np.int32]]) -> None:
         self.width = width
-        self._fixed_total = slot_branch.size if branches else None
         self._last_position = max_positions - 1
         self._rows = np.arange(width, dtype=np.int64)
         self._ids = np.zeros((1, width), np.int64)
@@ -47,6 +44,11 @@ class PassFeeds:
             "row_branch": self._branch,
             "slot_branch": slot_branch,
         }
+
+    @property
+    def ids(self) -> Ints:
+        """The ids, int64 `[1, width]`; this object's own."""
+        return self._ids
 
     def fill_causal(self, tokens: Ints, past_length: int) -> None:
         """Fill for tokens `[n]`, n <= width, that follow `past_length` slots in one line.
@@ -84,7 +86,7 @@ class PassFeeds:
     def _fill_cursor(self, past_length: int) -> None:
         self._past[0] = past_length
         self._seqlens[0] = past_length + self.width - 1
-        self._total[...] = self._fixed_total or past_length + self.width
+        self._total[...] = past_length + self.width
 
 
 class FeedPool:
@@ -93,11 +95,9 @@ class FeedPool:
     Args:
         capacity: slots of its cache.
         max_positions: positions that it knows.
-        branches: whether its graphs take rows of branches, whose masks cover all slots.
     """
 
-    def __init__(self, capacity: int, max_positions: int, *, branches: bool = False) -> None:
-        self._branches = branches
+    def __init__(self, capacity: int, max_positions: int) -> None:
         self.slot_branch = np.full(capacity, NO_BRANCH, np.int32)
         self._max_positions = max_positions
         self._feeds: dict[int, PassFeeds] = {}
@@ -106,9 +106,7 @@ class FeedPool:
         """Return the feeds of a width."""
         feeds = self._feeds.get(width)
         if feeds is None:
-            feeds = self._feeds[width] = PassFeeds(
-                width, self._max_positions, self.slot_branch, branches=self._branches
-            )
+            feeds = self._feeds[width] = PassFeeds(width, self._max_positions, self.slot_branch)
         return feeds
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from mirror.errors import DraftError
 from mirror.runtime.acceptance import verify
 from mirror.runtime.draft import Draft, Meeting
+from mirror.runtime.logits import Logits
 from mirror.runtime.records import (
     Event,
     FinishReason,
@@ -171,13 +172,15 @@ class Generation:
             waiting = sequence.tokens[sequence.cached :]
             with self._log.span("prefill"):
                 rows, logits = self._target.prefill(waiting, sequence.cached, self._shape.prefill_chunk)
+                if logits is not None:
+                    logits.wait()  # the device may have the whole prompt before it
             self._note_states(sequence.cached)
             sequence.cached += rows
             self.prefill_passes += 1
         self.prefill_spans = self._log.take()
         if logits is None:
             return ()
-        return self._commit((self._choose(logits, len(sequence)),))
+        return self._commit((self._choose(logits, 0, len(sequence)),))
 
     # One round.
 
@@ -236,7 +239,7 @@ class Generation:
             logits = self._run_target(window, overlap)
             position = len(self._sequence)
             with self._log.span("verify"):
-                outcome = verify(window.tolist(), lambda row: self._choose(logits[row], position + row))
+                outcome = verify(window.tolist(), lambda row: self._choose(logits, row, position + row))
         except BaseException:
             if overlap is not None:
                 overlap.meeting.abandon()
@@ -245,17 +248,22 @@ class Generation:
             overlap.meeting.decide(outcome)
         return outcome
 
-    def _run_target(self, window: Ints, overlap: _Overlap | None) -> Floats:
-        """Return the window's logits, float32 [width, vocab]; offer the exit's candidates on the way."""
+    def _run_target(self, window: Ints, overlap: _Overlap | None) -> Logits:
+        """Return the window's logits, once they are there; offer the exit's candidates on the way."""
         state = self._run_prefix(window)
         if self._note_states(len(self._sequence) - 1) and overlap is not None:
             overlap.meeting.state(self._unseen[-1][1])
+        ahead: Logits | None = None
         if overlap is not None and self._shape.wants_exit:
             with self._log.span("exit_head"):
                 candidates = self._target.run_exit_head(state)
-            overlap.meeting.offer(candidates)
+                # Behind the exit head already: the device must not wait for the host that reads it.
+                ahead = self._target.run_suffix(state) if candidates.pending else None
+                overlap.meeting.offer(candidates.read())
         with self._log.span("suffix"):
-            return self._target.run_suffix(state)
+            logits = ahead or self._target.run_suffix(state)
+            logits.wait()
+        return logits
 
     def _note_states(self, start: int) -> bool:
         """Keep the last prefix pass's states for a draft that is fed by them; return whether it is."""
@@ -272,8 +280,8 @@ class Generation:
         with self._log.span("prefix"):
             return self._target.run_prefix(window, len(self._sequence) - 1)
 
-    def _choose(self, logits: Floats, position: int) -> int:
-        token = self._sampler.choose(logits, position)
+    def _choose(self, logits: Logits, row: int, position: int) -> int:
+        token = self._sampler.choose_row(logits, row, position)
         self._sampler.see(token)
         return token
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mirror.bundle import DraftFacts, Manifest, Segment
+from mirror.bundle import ROLLOUT_SLOTS, DraftFacts, Manifest, Segment
 from mirror.errors import BundleError, RequestError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft
@@ -74,7 +74,7 @@ def make_plan(manifest: Manifest, options: EngineOptions, *, shared_cpu: bool) -
     gamma = options.gamma or settings.gamma or decoding.gamma
     total = options.threads or physical_cores()
     target_threads, draft_threads = split_threads(total, mode, shared=shared_cpu)
-    return Plan(
+    plan = Plan(
         mode=mode,
         source=options.candidates or CandidateSource(settings.candidates or CandidateSource.BOTH),
         max_length=_max_length(manifest, options),
@@ -85,6 +85,18 @@ def make_plan(manifest: Manifest, options: EngineOptions, *, shared_cpu: bool) -
         draft_threads=draft_threads,
         options=options,
     )
+    if mode is not Mode.PLAIN and manifest.draft is not None and manifest.draft.kind == "model":
+        _check_rollout(plan)
+    return plan
+
+
+def _check_rollout(plan: Plan) -> None:
+    rows = rollout_capacity(0, plan.gamma, plan.branches, plan.tokens_per_pass)
+    if rows > ROLLOUT_SLOTS:
+        raise RequestError(
+            f"a rollout of {plan.branches} branches by {plan.gamma} tokens takes {rows} rows, and a draft's graphs "
+            f"have room for {ROLLOUT_SLOTS}; lower the fan-out or gamma, or give more tokens per pass"
+        )
 
 
 def _max_length(manifest: Manifest, options: EngineOptions) -> int:

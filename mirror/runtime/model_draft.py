@@ -16,6 +16,7 @@ from mirror.runtime.candidates import CandidateSource, choose_branches
 from mirror.runtime.draft import Meeting
 from mirror.runtime.features import FeatureStore
 from mirror.runtime.feeds import NO_BRANCH, TRUNK_ROW, FeedPool, PassFeeds, chunk_width, fit_width
+from mirror.runtime.guesses import Guess, Known, Launched
 from mirror.runtime.lookahead import BranchPass, branch_passes
 from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Floats, Ints, Lane, Proposal, Rollout
 from mirror.runtime.sampling import CoupledNoise
@@ -74,7 +75,7 @@ class ModelDraft:
         self._source = source
         self._fanout = fanout
         self._features = features
-        self._pool = FeedPool(shape.capacity, shape.max_positions, branches=True)
+        self._pool = FeedPool(shape.capacity, shape.max_positions)
         self._log = SpanLog(Lane.DRAFT)
         self._filled = 0
         self._known = 0  # positions whose exit state is that of the context
@@ -99,10 +100,13 @@ class ModelDraft:
         # A context read ahead of time would have no logits left; its last row is run again.
         self._know(tokens.shape[0] - 1)
         with self._log.span("propose"):
-            line = tokens
-            for item in branch_passes(self._shape.tokens_per_pass, count):
-                line = np.concatenate([line, self._advance(line, item.gives, noise)])
-        return Proposal(self._known_tokens(line[tokens.shape[0] :]), self._log.take())
+            first, *others = branch_passes(self._shape.tokens_per_pass, count)
+            guesses = [self._advance(tokens, first.gives, noise).fetch()]
+            for item in others:
+                width = fit_width(self._segments.branch.widths, item.rows)
+                guesses.append(self._step(guesses[-1], item.gives, width, noise).fetch())
+            proposed = np.concatenate([guess.tokens()[0] for guess in guesses])
+        return Proposal(self._known_tokens(proposed), self._log.take())
 
     def roll_out(self, tokens: Ints, window: Ints, depth: int, meeting: Meeting, noise: CoupledNoise | None) -> Rollout:
         """Read the window, then continue all branches together."""
@@ -152,32 +156,32 @@ class ModelDraft:
 
     # Passes over the trunk.
 
-    def _advance(self, tokens: Ints, gives: int, noise: CoupledNoise | None) -> Ints:
-        """Run the tokens not read yet; return the `gives` likeliest tokens after them, int64 [gives]."""
+    def _advance(self, tokens: Ints, gives: int, noise: CoupledNoise | None) -> Guess:
+        """Run the tokens not read yet; return the `gives` likeliest tokens after them."""
         widths = self._segments.branch.widths
         while True:
             waiting = tokens[self._filled :]
             rows = min(waiting.shape[0], self._shape.prefill_chunk) + gives - 1
             taken, width = chunk_width(widths, rows, self._shape.capacity - self._filled)
             if waiting.shape[0] == 1:
-                return self._step(waiting, gives, fit_width(widths, rows), noise)
+                return self._step(Known(waiting[None]), gives, fit_width(widths, rows), noise)
             if taken == waiting.shape[0] + gives - 1:
-                return self._step(waiting, gives, width, noise)
+                return self._step(Known(waiting[None]), gives, width, noise)
             # Never the last one: the streams follow it in its own pass.
-            self._step(waiting[: min(taken, waiting.shape[0] - 1)], 1, width, None)
+            self._step(Known(waiting[None, : min(taken, waiting.shape[0] - 1)]), 1, width, None)
 
-    def _step(self, tokens: Ints, gives: int, width: int, noise: CoupledNoise | None) -> Ints:
-        """Run one pass of the trunk's next tokens; return the `gives` likeliest after the last one."""
-        past, count = self._filled, tokens.shape[0]
+    def _step(self, tokens: Guess, gives: int, width: int, noise: CoupledNoise | None) -> Guess:
+        """Run one pass of the trunk's next tokens, one line; return the `gives` likeliest after the last one."""
+        past, count = self._filled, tokens.count
         rows = count + gives - 1
         feeds = self._pool.at(width)
         places = past + np.arange(rows)
         visible = np.minimum(places + 1, past + count)
         branches = np.where(places < past + count, TRUNK_ROW, 0)
         self._pool.slot_branch[past + count : past + rows] = 0
-        ids = np.concatenate([self._embeddable(tokens), self._streams(gives)])
-        feeds.fill_rows(ids, places, visible, branches, past)
-        chosen = self._choose(feeds, places, np.arange(count - 1, rows), past, self._known, noise)
+        feeds.fill_rows(self._ids(tokens, gives), places, visible, branches, past)
+        wanted = np.arange(count - 1, rows)[None]
+        chosen = self._choose(feeds, tokens, places, wanted, past, self._known, noise)
         self._pool.slot_branch[past + count : past + rows] = NO_BRANCH
         self._filled += count
         return chosen
@@ -205,72 +209,101 @@ class ModelDraft:
         continuations = np.zeros((len(branches), depth), np.int64)
         lengths = np.zeros(len(branches), np.int64)
         rows = np.arange(len(branches))
-        tokens = branches.next_tokens[:, None]
+        tokens: Guess = Known(branches.next_tokens[:, None])
+        given: list[tuple[Ints, Guess]] = []
         first_slot = slot = self._filled
-        read = done = 0
+        read = 0
         for item in branch_passes(self._shape.tokens_per_pass, depth):
             alive = _still_wanted(rows, branches, meeting)
             if alive.size == 0:
                 break
             if alive.size < rows.size:
-                tokens = tokens[rows == alive[0]]
+                tokens = tokens.only(int(np.flatnonzero(rows == alive[0])[0]))
                 rows = alive
             starts = base + 1 + branches.accepted[rows]
             slot, tokens = self._branch_pass(item, tokens, rows, starts, read, slot, noise)
-            continuations[rows, done : done + item.gives] = tokens
-            read, done = read + item.real, done + item.gives
-            lengths[rows] = done
+            tokens = tokens.fetch()
+            given.append((rows, tokens))
+            read += item.real
         self._pool.slot_branch[first_slot:slot] = NO_BRANCH
+        # Where passes are only launched, this is the first wait since the branches were chosen.
+        for rows, guess in given:
+            start = lengths[rows[0]]
+            continuations[rows, start : start + guess.count] = guess.tokens()
+            lengths[rows] += guess.count
         return continuations, lengths
 
     def _branch_pass(
-        self, item: BranchPass, tokens: Ints, rows: Ints, starts: Ints, read: int, slot: int, noise: CoupledNoise | None
-    ) -> tuple[int, Ints]:
+        self,
+        item: BranchPass,
+        tokens: Guess,
+        rows: Ints,
+        starts: Ints,
+        read: int,
+        slot: int,
+        noise: CoupledNoise | None,
+    ) -> tuple[int, Guess]:
         """Run one pass over some branches, each one's rows side by side.
 
         Args:
-            tokens: int64 [branches, item.real], what to read.
+            tokens: what to read, `item.real` of each branch.
             rows: int64 [branches], their numbers.
             starts: int64 [branches], the position of each branch's first token.
             read: tokens of each branch that earlier passes read.
             slot: the first free one.
 
         Returns:
-            The next free slot, and int64 [branches, item.gives].
+            The next free slot, and `item.gives` tokens of each branch.
         """
         count = rows.size * item.rows
         feeds = self._pool.at(fit_width(self._segments.branch.widths, count))
-        streams = np.broadcast_to(self._streams(item.gives), (rows.size, item.gives - 1))
-        ids = np.concatenate([self._embeddable(tokens), streams], axis=1)
         places = (starts[:, None] + read + np.arange(item.rows)).reshape(-1)
         owners = np.repeat(rows, item.rows)
         slots = self._pool.slot_branch[slot : slot + count].reshape(rows.size, item.rows)
         slots[...] = rows[:, None]
-        feeds.fill_rows(ids.reshape(-1), places, np.repeat(starts, item.rows), owners, slot)
+        feeds.fill_rows(self._ids(tokens, item.gives), places, np.repeat(starts, item.rows), owners, slot)
         wanted = (np.arange(rows.size) * item.rows)[:, None] + item.real - 1 + np.arange(item.gives)
         # The token before a branch's second one is the branch's own, which the target has not seen.
         fed = np.repeat(np.minimum(starts, self._known), item.rows)
-        chosen = self._choose(feeds, places, wanted.reshape(-1), slot, fed, noise)
+        chosen = self._choose(feeds, tokens, places, wanted, slot, fed, noise)
         slots[:, item.real :] = NO_BRANCH  # a stream is seen by its own pass alone
-        return slot + feeds.width, chosen.reshape(rows.size, item.gives)
+        return slot + feeds.width, chosen
 
     # One pass.
 
+    def _ids(self, tokens: Guess, gives: int) -> Ints:
+        """Return a pass's ids, each branch's tokens and its streams, int64 [rows]; any for what isn't there yet."""
+        streams = np.broadcast_to(self._streams(gives), (tokens.branches, gives - 1))
+        return np.concatenate([self._embeddable(tokens.known()), streams], axis=1).reshape(-1)
+
     def _choose(
-        self, feeds: PassFeeds, places: Ints, wanted: Ints, past: int, fed: int | Ints, noise: CoupledNoise | None
-    ) -> Ints:
-        """Run a pass; return the token that each wanted row proposes, int64 [wanted].
+        self,
+        feeds: PassFeeds,
+        tokens: Guess,
+        places: Ints,
+        wanted: Ints,
+        past: int,
+        fed: int | Ints,
+        noise: CoupledNoise | None,
+    ) -> Guess:
+        """Run a pass; return the token that each wanted row proposes.
 
         Args:
+            tokens: those that the pass reads; what isn't known yet goes from pass to pass.
             places: int64 [rows], each row's position.
-            wanted: int64 [wanted], rows of the pass.
+            wanted: int64 [branches, n], rows of the pass.
             fed: the last position whose row has a feature; one for all, or int64 [rows].
         """
-        if noise is None:
-            outputs = self._run(self._segments.branch, feeds, places, wanted, past, fed)
-            return to_host(outputs["token_ids"])[0, : wanted.size].copy()
-        candidates = self._candidates(feeds, places, wanted, past, fed)
-        return noise.ordered(candidates, places[wanted] + 1).ids[:, 0]
+        branches, gives = wanted.shape
+        rows = wanted.reshape(-1)
+        if noise is not None:
+            candidates = self._candidates(feeds, places, rows, past, fed)
+            return Known(noise.ordered(candidates, places[rows] + 1).ids[:, 0].reshape(branches, gives))
+        follow = tokens.follow(feeds.ids, tokens.count + gives - 1)
+        chosen = self._run(self._segments.branch, feeds, places, rows, past, fed, follow)["token_ids"]
+        if isinstance(chosen, np.ndarray):
+            return Known(chosen[0, : rows.size].reshape(branches, gives).copy())
+        return Launched(chosen, branches, gives)
 
     def _candidates(self, feeds: PassFeeds, places: Ints, wanted: Ints, past: int, fed: int | Ints) -> Candidates:
         outputs = self._run(self._segments.trunk, feeds, places, wanted, past, fed)
@@ -280,9 +313,18 @@ class ModelDraft:
         return Candidates(ids, to_host(outputs["candidate_logprobs"])[0, : wanted.size])
 
     def _run(
-        self, segment: LoadedSegment, feeds: PassFeeds, places: Ints, wanted: Ints, past: int, fed: int | Ints
+        self,
+        segment: LoadedSegment,
+        feeds: PassFeeds,
+        places: Ints,
+        wanted: Ints,
+        past: int,
+        fed: int | Ints,
+        ids: Tensor | None = None,
     ) -> Mapping[str, Tensor]:
         tensors: dict[str, Tensor] = {**feeds.tensors, "logit_rows": wanted}
+        if ids is not None:
+            tensors["input_ids"] = ids
         if self._features is not None:
             tensors["features"], tensors["feature_rows"] = self._features.at(places, fed, feeds.width)
         return segment.run(tensors, self._segments.cache, past)

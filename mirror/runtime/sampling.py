@@ -8,18 +8,18 @@ order and with the conventions of transformers, then a draw by Gumbel noise that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mirror.errors import DeviceError, RequestError
+from mirror.runtime.contenders import FLOAT32_SLACK, Peaks, find_peaks, least_of_best
 from mirror.runtime.noise import F64, PICK_TOKEN, TAIL_TOKEN, gumbel, uniforms
 from mirror.runtime.records import Candidates, Floats, Ints
 
 # Kept tokens with a Gumbel of their own; the others share one.
 HEAD_TOKENS = 64
-_BLOCK = 64  # scores whose maximum stands for them in the search for the likeliest
-_FLOAT32_SLACK = 1e-4  # of a sum of exponentials: far more than float32 gets wrong
 _TAIL_AND_PICK = np.array([TAIL_TOKEN, PICK_TOKEN], np.int64)
 
 
@@ -52,6 +52,11 @@ class SamplingParams:
         _require(0.0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "above 0")
         _require(0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2**64 - 1")
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every token may be drawn."""
+        return self.top_k == 0 and self.top_p == 1.0 and self.min_p == 0.0
+
 
 def _require(holds: bool, name: str, found: float, expected: str) -> None:
     if not holds:
@@ -79,60 +84,135 @@ def process(logits: Floats, params: SamplingParams, seen: NDArray[np.bool_] | No
         params: temperature above 0.
         seen: bool [vocab], the tokens of the context; None without a repetition penalty.
     """
-    scores = penalised(logits, params.repetition_penalty, seen).astype(np.float64) / params.temperature
+    return _processed(penalised(logits, params.repetition_penalty, seen), params)
+
+
+def _processed(logits: Floats, params: SamplingParams) -> Kept:
+    """Return the distribution of a row whose penalties are applied."""
+    peaks = find_peaks(logits, params.temperature)
+    kept = _nucleus(peaks, params.top_p) if peaks is not None and params.top_k == 0 else None
+    if kept is None:
+        kept = _scored(logits, params.temperature, _that_may_stay(peaks, params))
+        kept = _top_p(_top_k(kept, params.top_k), params.top_p)
+    return _only(kept, np.exp(kept.scores) >= params.min_p) if params.min_p > 0.0 else kept
+
+
+def _that_may_stay(peaks: Peaks | None, params: SamplingParams) -> Ints | None:
+    """Return ids, ascending, with all tokens that the first limit on their number keeps; None for all."""
+    if peaks is None:
+        return None
+    if params.top_k > 0:
+        return peaks.best(params.top_k)
+    return peaks.at_least(params.min_p) if params.min_p > 0.0 and params.top_p == 1.0 else None
+
+
+def _scored(logits: Floats, temperature: float, ids: Ints | None) -> Kept:
+    """Return the scores of some tokens, the likeliest among them; of all where ids is None. Drops those at -inf."""
+    scores = (logits if ids is None else logits[ids]).astype(np.float64) / temperature
     finite = scores > -np.inf
-    ids = np.arange(scores.size) if finite.all() else np.flatnonzero(finite)
-    if ids.size < scores.size:
-        scores = scores[ids]
-    scores -= scores.max()
-    if 0 < params.top_k < ids.size:
-        # As transformers does: ties with the k-th token stay.
-        kth = np.partition(scores, ids.size - params.top_k)[ids.size - params.top_k]
-        ids, scores = _where(scores >= kth, ids, scores)
-    if params.top_p < 1.0:
-        ids, scores = _where(_top_p(scores, params.top_p), ids, scores)
-    if params.min_p > 0.0:
-        ids, scores = _where(np.exp(scores) >= params.min_p, ids, scores)
-    return Kept(ids, scores)
+    if ids is None:
+        ids = np.arange(scores.size)
+    if not finite.all():
+        ids, scores = ids[finite], scores[finite]
+    return Kept(ids, scores - scores.max())
 
 
-def _where(keep: NDArray[np.bool_], ids: Ints, scores: F64) -> tuple[Ints, F64]:
-    return ids[keep], scores[keep]
+def _only(kept: Kept, where: NDArray[np.bool_]) -> Kept:
+    return Kept(kept.ids[where], kept.scores[where])
 
 
-def _top_p(scores: F64, top_p: float) -> NDArray[np.bool_]:
-    """Return bool [kept]: the fewest likeliest tokens whose mass reaches top_p, ties by lower id."""
+def _top_k(kept: Kept, top_k: int) -> Kept:
+    """Keep the k likeliest; as transformers does, ties with the k-th stay."""
+    size = kept.ids.size
+    if not 0 < top_k < size:
+        return kept
+    return _only(kept, kept.scores >= np.partition(kept.scores, size - top_k)[size - top_k])
+
+
+def _top_p(kept: Kept, top_p: float) -> Kept:
+    """Keep the fewest likeliest tokens whose mass reaches top_p, ties by lower id."""
+    if top_p == 1.0:
+        return kept
+    scores, count = kept.scores, min(HEAD_TOKENS, kept.ids.size)
     weights = np.exp(scores)
     wanted = top_p * np.cumsum(weights)[-1]
-    count = min(HEAD_TOKENS, scores.size)
     while True:
         order = _likeliest(scores, count)
         mass = np.cumsum(weights[order])
         if mass[-1] >= wanted or count == scores.size:
             break
         count = min(8 * count, scores.size)
-    kept = min(int(np.searchsorted(mass, wanted, side="left")) + 1, order.size)
-    keep = np.zeros(scores.size, np.bool_)
-    keep[order[:kept]] = True
-    return keep
+    inside = order[: int(np.searchsorted(mass, wanted, side="left")) + 1]
+    return Kept(kept.ids[np.sort(inside)], scores[np.sort(inside)])
+
+
+def _nucleus(peaks: Peaks, top_p: float) -> Kept | None:
+    """Return what top-p alone keeps, from the few likeliest tokens and bounds on the mass of all.
+
+    None where that leaves the last token in doubt, where it would be most of the row, and where top_p keeps all.
+    """
+    if top_p == 1.0:
+        return None
+    wanted, count = top_p * peaks.mass(), HEAD_TOKENS
+    least, most = wanted * (1.0 - FLOAT32_SLACK), wanted * (1.0 + FLOAT32_SLACK)
+    while (ids := peaks.best(count)) is not None:
+        near = _scored(peaks.logits, peaks.temperature, ids)
+        order = _likeliest(near.scores, count)
+        mass = np.cumsum(np.exp(near.scores[order]))
+        if mass[-1] >= most:
+            first, last = (int(np.searchsorted(mass, bound, side="left")) for bound in (least, most))
+            inside = np.sort(order[: first + 1])
+            return Kept(near.ids[inside], near.scores[inside]) if first == last else None
+        count *= 8
+    return None
 
 
 def _likeliest(scores: F64, count: int) -> Ints:
     """Return the indices of the `count` greatest scores, greatest first, ties by lower index."""
-    inside = np.flatnonzero(scores >= _not_above(scores, count)) if count < scores.size else np.arange(scores.size)
+    inside = np.flatnonzero(scores >= least_of_best(scores, count)) if count < scores.size else np.arange(scores.size)
     order = np.argsort(-scores[inside], kind="stable")
     result: Ints = inside[order[:count]]
     return result
 
 
-def _not_above(scores: F64, count: int) -> float:
-    """Return a number that at least `count` scores reach, and not many more."""
-    whole = scores.size // _BLOCK * _BLOCK
-    if whole // _BLOCK < 2 * count:
-        return float(np.partition(scores, scores.size - count)[scores.size - count])
-    # Each of the `count` blocks with the greatest maxima has one such score: far cheaper than a partition.
-    greatest = scores[:whole].reshape(-1, _BLOCK).max(axis=1)
-    return float(np.partition(greatest, greatest.size - count)[greatest.size - count])
+@dataclass(frozen=True)
+class _Race:
+    """The head's race, and the noise of the tail that runs against it.
+
+    Attributes:
+        head: int64 [HEAD_TOKENS], its tokens, ascending.
+        scores: float64 [HEAD_TOKENS], theirs.
+        token: the winner.
+        value: the winner's score with its noise.
+        tail_noise: the Gumbel that the other tokens share.
+        pick: the uniform that picks among them.
+    """
+
+    head: Ints
+    scores: F64
+    token: int
+    value: float
+    tail_noise: float
+    pick: float
+
+    def is_won(self, tail_mass: float) -> bool:
+        """Whether the head wins against a tail whose weights don't add up to this mass."""
+        return self.value > float(np.log(tail_mass)) + self.tail_noise
+
+    def rest(self, mass: float) -> float:
+        """Return a number that the tail's weights don't add up to, from a mass of all that float32 gave."""
+        return max(mass - float(np.exp(self.scores).sum()), 0.0) + FLOAT32_SLACK * mass
+
+
+def _run(kept: Kept, seed: int, position: int) -> _Race:
+    inside = np.sort(_likeliest(kept.scores, HEAD_TOKENS))
+    head, scores = kept.ids[inside], kept.scores[inside]
+    noise = uniforms(seed, position, np.append(head, _TAIL_AND_PICK))
+    values = scores + gumbel(noise[:-2])
+    winner = int(np.argmax(values))
+    return _Race(
+        head, scores, int(head[winner]), float(values[winner]), float(gumbel(noise[-2:-1])[0]), float(noise[-1])
+    )
 
 
 def draw(kept: Kept, seed: int, position: int) -> int:
@@ -147,31 +227,40 @@ def draw(kept: Kept, seed: int, position: int) -> int:
     """
     if kept.ids.size <= HEAD_TOKENS:
         return int(kept.ids[np.argmax(kept.scores + gumbel(uniforms(seed, position, kept.ids)))])
-    head = np.sort(_likeliest(kept.scores, HEAD_TOKENS))
-    noise = uniforms(seed, position, np.append(kept.ids[head], _TAIL_AND_PICK))
-    race = kept.scores[head] + gumbel(noise[:-2])
-    winner = int(np.argmax(race))
-    if race[winner] > _tail_at_most(kept.scores, head) + gumbel(noise[-2]):
-        return int(kept.ids[head[winner]])
+    race = _run(kept, seed, position)
+    # In float32 the tail costs little, and most races need no more of it.
+    mass = float(np.exp(kept.scores.astype(np.float32)).sum())
+    return race.token if race.is_won(race.rest(mass)) else _settle(race, kept)
+
+
+def _settle(race: _Race, kept: Kept) -> int:
+    """Return a race's outcome, with the tail as it is."""
     tail = np.ones(kept.ids.size, np.bool_)
-    tail[head] = False
+    tail[np.searchsorted(kept.ids, race.head)] = False
     mass = np.cumsum(np.exp(kept.scores[tail]))
+    if mass.size == 0:
+        return race.token
     # A tail so unlikely that its mass is 0 scores -inf and never wins.
     with np.errstate(divide="ignore"):
-        tail_score = np.log(mass[-1]) + gumbel(noise[-2])
-    if race[winner] >= tail_score:
-        return int(kept.ids[head[winner]])
-    index = min(int(np.searchsorted(mass, noise[-1] * mass[-1], side="right")), mass.size - 1)
+        tail_value = float(np.log(mass[-1])) + race.tail_noise
+    if race.value >= tail_value:
+        return race.token
+    index = min(int(np.searchsorted(mass, race.pick * mass[-1], side="right")), mass.size - 1)
     return int(kept.ids[tail][index])
 
 
-def _tail_at_most(scores: F64, head: Ints) -> float:
-    """Return a number just above the log of the mass of all scores but the head's.
-
-    In float32, which takes a fraction of the time, so that most draws need no more of the tail.
-    """
-    mass = float(np.exp(scores.astype(np.float32)).sum(dtype=np.float64))
-    return float(np.log(max(mass - float(np.exp(scores[head]).sum()), 0.0) + _FLOAT32_SLACK * mass))
+def sample(logits: Floats, params: SamplingParams, seen: NDArray[np.bool_] | None, position: int) -> int:
+    """Return the token drawn at an absolute position from a row's processed distribution; see `process` and `draw`."""
+    logits = penalised(logits, params.repetition_penalty, seen)
+    peaks = find_peaks(logits, params.temperature) if params.keeps_all else None
+    ids = peaks.best(HEAD_TOKENS) if peaks is not None else None
+    if peaks is None or ids is None:
+        return draw(_processed(logits, params), params.seed, position)
+    # Nothing is dropped, so the head alone is computed as long as the tail can't win.
+    race = _run(_scored(logits, params.temperature, ids), params.seed, position)
+    if race.is_won(peaks.mass_below(float(logits[race.head].min()))) or race.is_won(race.rest(peaks.mass())):
+        return race.token
+    return _settle(race, _scored(logits, params.temperature, None))
 
 
 @dataclass(frozen=True)
@@ -213,8 +302,22 @@ def penalised(logits: Floats, penalty: float, seen: NDArray[np.bool_] | None) ->
     """Return logits with the repetition penalty applied to the tokens of the context."""
     if seen is None or penalty == 1.0:
         return logits
-    lowered = np.where(logits < 0, logits * np.float32(penalty), logits / np.float32(penalty))
-    return np.where(seen, lowered, logits)
+    ids, changed = np.flatnonzero(seen), logits.copy()
+    values = logits[ids]
+    changed[ids] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
+    return changed
+
+
+class LogitRows(Protocol):
+    """The logits of some rows, of which only those that are asked for need be at hand."""
+
+    def row(self, index: int) -> Floats:
+        """Return one row, float32 [vocab]."""
+        ...
+
+    def likeliest(self, index: int) -> tuple[int, float]:
+        """Return a row's likeliest token, the lowest id on ties, and its logit."""
+        ...
 
 
 class Sampler:
@@ -222,10 +325,19 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, vocab_size: int, context: Ints) -> None:
         self._params = params
+        self._as_it_is = params.temperature == 0.0 and params.repetition_penalty == 1.0
         self._seen: NDArray[np.bool_] | None = None
         if params.repetition_penalty != 1.0:
             self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[context] = True
+
+    def choose_row(self, logits: LogitRows, index: int, position: int) -> int:
+        """Return the target's token for an absolute position, from one row of logits; see `choose`."""
+        if not self._as_it_is:
+            return self.choose(logits.row(index), position)
+        token, logit = logits.likeliest(index)
+        _check_finite(logit)
+        return token
 
     def choose(self, logits: Floats, position: int) -> int:
         """Return the target's token for an absolute position, from its logits `[vocab]`.
@@ -242,7 +354,7 @@ class Sampler:
             _check_finite(float(scores[token]))
             return token
         _check_finite(float(logits.max()))
-        return draw(process(logits, params, self._seen), params.seed, position)
+        return sample(logits, params, self._seen, position)
 
     def see(self, token: int) -> None:
         """Note that the context now holds a token."""

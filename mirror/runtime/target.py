@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mirror.runtime.feeds import FeedPool, chunk_width, fit_width
+from mirror.runtime.logits import Logits
 from mirror.runtime.records import Candidates, Floats, Ints
-from mirror.targets.base import KVCache, LoadedSegment, Tensor, to_host
+from mirror.targets.base import Fetched, KVCache, LoadedSegment, Tensor, to_host
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,31 @@ class ExitState:
     width: int
 
 
+@dataclass(frozen=True)
+class ExitCandidates:
+    """What the exit head says of a pass.
+
+    Attributes:
+        ids, logprobs: [1, width, top], when they are there.
+        rows: real rows.
+        pending: whether the suffix can be launched, and should be, before anyone waits for them.
+    """
+
+    ids: Fetched
+    logprobs: Fetched
+    rows: int
+    pending: bool
+
+    def read(self) -> Candidates:
+        """Wait for the candidates of each real row."""
+        return Candidates(self.ids()[0, : self.rows], self.logprobs()[0, : self.rows])
+
+
+def _sent(tensor: Tensor) -> Fetched:
+    """Return a tensor on its way to the host."""
+    return (lambda: tensor) if isinstance(tensor, np.ndarray) else tensor.fetch()
+
+
 class Target:
     """Runs passes over tokens; keeps no count of them (the sequence does).
 
@@ -79,21 +105,20 @@ class Target:
         states: Floats = to_host(self._last.feeds["hidden_states"])[0, : self._last.rows].copy()
         return states
 
-    def run_exit_head(self, state: ExitState) -> Candidates:
-        """Return the exit's candidates for each real row of a pass."""
+    def run_exit_head(self, state: ExitState) -> ExitCandidates:
+        """Return the exit's candidates for each real row of a pass; a device may be computing them still."""
         outputs = self._segments.exit_head.run(state.feeds, None, state.past_length)
-        return Candidates(
-            to_host(outputs["candidate_ids"])[0, : state.rows],
-            to_host(outputs["candidate_logprobs"])[0, : state.rows],
-        )
+        ids, logprobs = (_sent(outputs[name]) for name in ("candidate_ids", "candidate_logprobs"))
+        launched = not isinstance(outputs["candidate_ids"], np.ndarray)
+        return ExitCandidates(ids, logprobs, state.rows, pending=launched and not self._segments.apart)
 
-    def run_suffix(self, state: ExitState) -> Floats:
-        """Return the logits of each real row, float32 [rows, vocab]; valid until the next pass."""
+    def run_suffix(self, state: ExitState) -> Logits:
+        """Return the logits of each row, real ones first; a device may be computing them still."""
         # Pinned: the LM head too must run on the same number of rows in every pass.
         first, last = 0, (state.width if self._pinned_width else state.rows)
         return self._suffix(state, first, last)
 
-    def prefill(self, tokens: Ints, past_length: int, chunk: int) -> tuple[int, Floats | None]:
+    def prefill(self, tokens: Ints, past_length: int, chunk: int) -> tuple[int, Logits | None]:
         """Run one chunk of a prompt.
 
         Args:
@@ -102,12 +127,12 @@ class Target:
             chunk: the most rows of a pass.
 
         Returns:
-            How many tokens were run, and the last one's logits, float32 [vocab], if that was all.
+            How many tokens were run, and the last one's logits, as row 0, if that was all.
         """
         rows, width = chunk_width(self._segments.widths, min(chunk, tokens.shape[0]), self._capacity - past_length)
         state = self._prefix(tokens[:rows], past_length, width)
         logits = self._suffix(state, rows - 1, rows)
-        return rows, logits[0] if rows == tokens.shape[0] else None
+        return rows, logits if rows == tokens.shape[0] else None
 
     def _prefix(self, tokens: Ints, past_length: int, width: int) -> ExitState:
         feeds = self._pool.at(width)
@@ -117,10 +142,9 @@ class Target:
         self._last = ExitState(feeds.tensors, past_length, tokens.shape[0], width)
         return self._last
 
-    def _suffix(self, state: ExitState, first: int, last: int) -> Floats:
+    def _suffix(self, state: ExitState, first: int, last: int) -> Logits:
         feeds = {**state.feeds, "logit_rows": self._rows[first:last]}
         if self._segments.apart:
             feeds["hidden_states"] = to_host(state.feeds["hidden_states"])
         outputs = self._segments.suffix.run(feeds, self._segments.suffix_cache, state.past_length)
-        logits: Floats = to_host(outputs["logits"])[0]
-        return logits
+        return Logits(outputs["logits"], outputs.get("token_ids"))

@@ -6,7 +6,7 @@ back: a device that isn't there raises `DeviceError` naming what was found and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -72,19 +72,86 @@ class LoadRequest:
     later: Sequence[PassShape] = ()
 
 
+# Waits for values that are on their way to host memory and returns them, an array of the caller's own. Call it once.
+Fetched = Callable[[], Array]
+
+
 class DeviceTensor(Protocol):
     """A tensor that may live on a device; only a segment on the same device can take it as it is."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        ...
+
     def numpy(self) -> Array:
         """Return the values in host memory, waiting for them if need be."""
+        ...
+
+    def numpy_part(self, start: int, count: int) -> Array:
+        """Return `count` values in host memory, from the `start`-th on, as they lie one after another; see `numpy`.
+
+        Parts that don't overlap stay valid beside each other until the next pass.
+        """
         ...
 
     def wait(self) -> None:
         """Wait until the values are there: a pass may return before it has ended."""
         ...
 
+    def fetch(self) -> Fetched:
+        """Start to bring the values to host memory, behind what was launched so far."""
+        ...
+
 
 Tensor = Array | DeviceTensor
+
+
+@dataclass(frozen=True)
+class FollowOn:
+    """Input ids of which some are tokens that an earlier pass gives, unread by the host; a `DeviceTensor` itself.
+
+    A segment on the same device copies them there; any other waits for them.
+
+    Attributes:
+        ids: int64 `[1, width]`, the ids that are known; anything where they aren't.
+        given: int64 `[1, n]`, what the earlier pass gave.
+        first: the first of `given` that is taken.
+        groups, count, stride: ids `g * stride .. g * stride + count - 1` are the next `count` of `given`, for group g.
+    """
+
+    ids: Array
+    given: DeviceTensor
+    first: int
+    groups: int
+    count: int
+    stride: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        return self.ids.shape
+
+    def numpy(self) -> Array:
+        """Return all ids, waiting for those that were given."""
+        ids = self.ids.copy()
+        taken = self.given.numpy()[0, self.first : self.first + self.groups * self.count]
+        starts = np.arange(self.groups)[:, None] * self.stride
+        ids[0, (starts + np.arange(self.count)).reshape(-1)] = taken
+        return ids
+
+    def numpy_part(self, start: int, count: int) -> Array:
+        """Return some of the ids, waiting for all that were given."""
+        return self.numpy().reshape(-1)[start : start + count]
+
+    def wait(self) -> None:
+        """Wait for the given tokens."""
+        self.given.wait()
+
+    def fetch(self) -> Fetched:
+        """Return the ids, waiting at once."""
+        ids = self.numpy()
+        return lambda: ids
 
 
 def to_host(tensor: Tensor) -> Array:

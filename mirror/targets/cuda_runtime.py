@@ -23,7 +23,7 @@ from mirror.errors import DeviceError
 from mirror.targets.base import Array
 
 _NON_BLOCKING = 1  # the stream doesn't wait for the default stream's work
-_HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
+_HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 _NO_TIMING = 2  # an event that only orders
 
 # A recording of this kind leaves other threads alone, and lets its own allocate.
@@ -84,10 +84,22 @@ class CudaStream:
         """Copy a pinned array to device memory, in order; `source` must stay unchanged until then."""
         self._copy(address, source.ctypes.data, source.nbytes, _HOST_TO_DEVICE)
 
+    def start_download(self, target: Array, address: int) -> None:
+        """Copy device memory to a pinned array, in order; nothing waits for it."""
+        self._copy(target.ctypes.data, address, target.nbytes, _DEVICE_TO_HOST)
+
     def download(self, target: Array, address: int) -> None:
         """Copy device memory to a pinned array, after all that was launched before, and wait for it."""
-        self._copy(target.ctypes.data, address, target.nbytes, _DEVICE_TO_HOST)
+        self.start_download(target, address)
         self.wait()
+
+    def spread(self, target: int, pitch: int, source: int, size: int, count: int) -> None:
+        """Copy pieces within device memory, in order: each of `size` bytes from one run to every `pitch` bytes."""
+        _call(
+            "cudaMemcpy2DAsync",
+            *(ctypes.c_void_p(target), ctypes.c_size_t(pitch), ctypes.c_void_p(source), ctypes.c_size_t(size)),
+            *(ctypes.c_size_t(size), ctypes.c_size_t(count), ctypes.c_int(_DEVICE_TO_DEVICE), self._stream),
+        )
 
     def wait(self) -> None:
         """Wait for all that was launched on this stream."""

@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from mirror.bundle import Form, Graph, LayerKV, TensorSpec, kv_names
 from mirror.errors import DeviceError
-from mirror.targets.base import Array, KVCache, LoadRequest, Tensor, to_host
+from mirror.targets.base import Array, Fetched, FollowOn, KVCache, LoadRequest, Tensor, to_host
 from mirror.targets.static_shapes import widths_of
 
 # ONNX's element type numbers; numpy has no bfloat16, so those tensors never become arrays.
@@ -30,7 +30,12 @@ _ITEM_BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2
 # Passes of a binding before one is recorded: they allocate, plan and choose kernels.
 _BEFORE_RECORDING = 2
 
+_TOTAL, _BRANCH_MAP = "total_sequence_length", "slot_branch"
+
 _ALIGNMENT_BYTES = 256  # of each input in a device's staging block, as its own allocator would do
+
+# Slots by which the total grows that sized kernels of branches get: they look at all of them.
+_TOTAL_STEP = 256
 
 # Bindings kept per segment. Decoding needs one per width of a round; prefill remainders come and go.
 _KEPT_BINDINGS = 32
@@ -89,8 +94,16 @@ class DeviceStream(Protocol):
         """Copy a pinned array to the device, in order."""
         ...
 
+    def start_download(self, target: Array, address: int) -> None:
+        """Copy device memory to a pinned array, in order; nothing waits for it."""
+        ...
+
     def download(self, target: Array, address: int) -> None:
         """Copy device memory to a pinned array, in order, and wait for it."""
+        ...
+
+    def spread(self, target: int, pitch: int, source: int, size: int, count: int) -> None:
+        """Copy pieces within device memory, in order: each of `size` bytes from one run to every `pitch` bytes."""
         ...
 
     def wait(self) -> None:
@@ -113,8 +126,10 @@ class Provider:
     Attributes:
         memory: where outputs, caches and staged inputs live.
         options: the provider's own options.
-        sized_inputs: catalogue inputs that the provider's kernels read in host memory to choose themselves.
-            They get the cache's capacity, once: another number could mean another kernel.
+        sized_inputs: catalogue inputs that the provider's kernels read in host memory to choose themselves, the
+            total among them. A binding gets one number, for good: another could mean another kernel. It is the
+            cache's capacity, or where every slot below it costs time, in graphs that take branches, a little
+            more than is filled.
         stream: what sessions compute on, None where the provider waits at the end of each pass.
         replays: whether passes are recorded once and replayed.
         fixed_widths: whether a segment takes the widths that it was loaded for and no others.
@@ -138,7 +153,7 @@ class Buffer:
         stream: what orders the work on it, None where nothing is pending after a pass.
     """
 
-    __slots__ = ("_dtype", "_host", "array", "stream", "value")
+    __slots__ = ("_dtype", "_host", "_places", "array", "stream", "value")
 
     def __init__(
         self, value: ort.OrtValue, array: Array | None, stream: DeviceStream | None = None, dtype: str = ""
@@ -148,6 +163,12 @@ class Buffer:
         self.stream = stream
         self._dtype = dtype
         self._host: Array | None = None
+        self._places: list[tuple[Array, Mark]] = []  # where fetched values may land
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        return tuple(self.value.shape())
 
     def numpy(self) -> Array:
         """Return the values in host memory; a view on the host, else a copy that the next call writes over."""
@@ -156,15 +177,49 @@ class Buffer:
         if self.stream is None or self._dtype == "bfloat16":
             copied: Array = self.value.numpy()
             return copied
+        host = self._on_host(self.stream)
+        self.stream.download(host, self.value.data_ptr())
+        return host
+
+    def numpy_part(self, start: int, count: int) -> Array:
+        """Return `count` values from the `start`-th on; a view on the host, else a copy as `numpy` makes it."""
+        if self.array is not None or self.stream is None or self._dtype == "bfloat16":
+            return self.numpy().reshape(-1)[start : start + count]
+        # Each part has its own place, so that one doesn't write over another.
+        part = self._on_host(self.stream).reshape(-1)[start : start + count]
+        self.stream.download(part, self.value.data_ptr() + start * part.itemsize)
+        return part
+
+    def _on_host(self, stream: DeviceStream) -> Array:
+        """Return the pinned array that copies go to."""
         if self._host is None:
-            self._host = self.stream.pinned(self._dtype, self.value.shape())
-        self.stream.download(self._host, self.value.data_ptr())
+            self._host = stream.pinned(self._dtype, self.value.shape())
         return self._host
 
     def wait(self) -> None:
         """Wait until the values are there."""
         if self.stream is not None:
             self.stream.wait()
+
+    def fetch(self) -> Fetched:
+        """Start to bring the values to host memory; see `base.DeviceTensor.fetch`."""
+        if self.stream is None or self._dtype == "bfloat16":
+            values = self.numpy().copy()
+            return lambda: values
+        stream = self.stream
+        place, mark = (
+            self._places.pop() if self._places else (stream.pinned(self._dtype, self.value.shape()), stream.mark())
+        )
+        stream.start_download(place, self.value.data_ptr())
+        mark.renew()
+
+        def arrived() -> Array:
+            mark.wait()
+            found = place.copy()
+            self._places.append((place, mark))
+            return found
+
+        return arrived
 
 
 def make_buffer(memory: Memory, dtype: str, shape: Sequence[int], stream: DeviceStream | None = None) -> Buffer:
@@ -245,6 +300,13 @@ class _StagingBlock:
         """Copy the block to the device, in order."""
         self._stream.upload(self._device.data_ptr(), self._pinned)
         self._mark.renew()
+
+    def follow(self, name: str, feed: FollowOn) -> None:
+        """Copy ids that an earlier pass gives over those of the block, in order."""
+        assert isinstance(feed.given, Buffer)
+        size = self.arrays[name].itemsize
+        source = feed.given.value.data_ptr() + feed.first * size
+        self._stream.spread(self.addresses[name], feed.stride * size, source, feed.count * size, feed.groups)
 
 
 def make_buffer_of_bytes(memory: Memory, size: int) -> ort.OrtValue:
@@ -342,14 +404,27 @@ class OnnxRuntimeSegment:
         """Stage the inputs and start the pass; without a stream, wait for its end."""
         if bound.block is not None:
             bound.block.wait()  # what a pass before this one reads must have left the block
+        following: list[tuple[str, FollowOn]] = []
         for name, array in bound.staging.items():
-            array[...] = to_host(feeds[name])
+            feed = feeds[name]
+            if isinstance(feed, FollowOn) and self._is_ours(feed.given):
+                array[...] = feed.ids
+                following.append((name, feed))
+            else:
+                array[...] = to_host(feed)
         if bound.block is not None:
             bound.block.upload()
+            for name, feed in following:
+                bound.block.follow(name, feed)
         if bound.recording is not None:
             bound.recording.replay()
         else:
             self._compute(bound)
+
+    def _is_ours(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is in this device's memory, and work on it ordered by its stream."""
+        stream = self._provider.stream
+        return isinstance(tensor, Buffer) and tensor.stream is stream and stream is not None
 
     def _compute(self, bound: Bound) -> None:
         """Start the pass, recording it if the time for that has come."""
@@ -375,17 +450,27 @@ class OnnxRuntimeSegment:
         key = (
             positions.shape[1] if isinstance(positions, np.ndarray) else 0,
             rows.shape[0] if isinstance(rows, np.ndarray) else 0,
+            self._total(feeds, cache),
             0 if cache is None else id(cache),
             *(id(buffer.value) for buffer in given.values()),
         )
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._bound[key] = self._bind(key[0], key[1], cache, given)
+            bound = self._bound[key] = self._bind(key[0], key[1], key[2], cache, given)
             if len(self._bound) > _KEPT_BINDINGS:
                 self._bound.popitem(last=False)
         else:
             self._bound.move_to_end(key)
         return bound
+
+    def _total(self, feeds: Mapping[str, Tensor], cache: KVCache | None) -> int:
+        """Return the total that the binding of a pass is for; 0 where each pass brings its own."""
+        if cache is None or _TOTAL not in self._provider.sized_inputs & self._names:
+            return 0
+        if _BRANCH_MAP not in self._names:
+            return cache.capacity
+        needed = int(to_host(feeds[_TOTAL]))
+        return min(-(-needed // _TOTAL_STEP) * _TOTAL_STEP, cache.capacity)
 
     def _given(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Buffer]:
         """Return the inputs that are bound as they are: tensors of this device, ordered by its own stream."""
@@ -396,7 +481,7 @@ class OnnxRuntimeSegment:
             if isinstance(tensor, Buffer) and tensor.stream is self._provider.stream
         }
 
-    def _bind(self, width: int, rows: int, cache: KVCache | None, given: Mapping[str, Buffer]) -> Bound:
+    def _bind(self, width: int, rows: int, total: int, cache: KVCache | None, given: Mapping[str, Buffer]) -> Bound:
         if self._past and not isinstance(cache, OnnxRuntimeCache):
             raise DeviceError(f"{self.name} keeps a KV cache; run it with one that its own device made")
         binding = self.session.io_binding()
@@ -405,7 +490,7 @@ class OnnxRuntimeSegment:
         known = {name: buffer.value for name, buffer in given.items()}
         known |= {name: past[name].value for name in self._past}
         for name in self._provider.sized_inputs & self._names:
-            known[name] = ort.OrtValue.ortvalue_from_numpy(np.array(sizes["capacity"], np.int32))
+            known[name] = ort.OrtValue.ortvalue_from_numpy(np.array(total, np.int32))
         for name, value in known.items():
             binding.bind_ortvalue_input(name, value)
         staging, block = self._stage(binding, [spec for spec in self._inputs if spec.name not in known], sizes)

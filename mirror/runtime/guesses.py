@@ -1,0 +1,125 @@
+"""Tokens that a draft's pass gives, and that its next pass reads: on the host, or still on a device's way.
+
+A device that only launches passes need not be waited for between two of them: the next one's ids are copied from
+the last one's output where they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from mirror.runtime.records import Ints
+from mirror.targets.base import DeviceTensor, Fetched, FollowOn
+
+
+class Guess(Protocol):
+    """`count` tokens of each of some branches."""
+
+    @property
+    def branches(self) -> int:
+        """How many branches."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Tokens of each."""
+        ...
+
+    def known(self) -> Ints:
+        """Return what is at hand, int64 `[branches, count]`; zeros for tokens that aren't."""
+        ...
+
+    def fetch(self) -> Guess:
+        """Return the same tokens, on their way to the host."""
+        ...
+
+    def tokens(self) -> Ints:
+        """Return the tokens, int64 `[branches, count]`; wait for them, once, if they were fetched."""
+        ...
+
+    def follow(self, ids: Ints, stride: int) -> FollowOn | None:
+        """Return ids `[1, width]` with these tokens in them, a branch every `stride`; None if they are there."""
+        ...
+
+    def only(self, branch: int) -> Guess:
+        """Return one branch's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Known:
+    """Tokens on the host, int64 `[branches, count]`."""
+
+    values: Ints
+
+    @property
+    def branches(self) -> int:
+        """How many branches."""
+        return int(self.values.shape[0])
+
+    @property
+    def count(self) -> int:
+        """Tokens of each."""
+        return int(self.values.shape[1])
+
+    def known(self) -> Ints:
+        """Return the tokens."""
+        return self.values
+
+    def fetch(self) -> Known:
+        """Return itself."""
+        return self
+
+    def tokens(self) -> Ints:
+        """Return the tokens."""
+        return self.values
+
+    def follow(self, ids: Ints, stride: int) -> FollowOn | None:
+        """Return None: the ids hold them already."""
+        return None
+
+    def only(self, branch: int) -> Known:
+        """Return one branch's."""
+        return Known(self.values[branch : branch + 1])
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Tokens of a pass that was launched.
+
+    Attributes:
+        given: int64 `[1, n]`, the pass's output, from `first` on each branch's tokens after the last's.
+        fetched: the same on its way to the host.
+    """
+
+    given: DeviceTensor
+    branches: int
+    count: int
+    first: int = 0
+    fetched: Fetched | None = None
+
+    def known(self) -> Ints:
+        """Return zeros."""
+        return np.zeros((self.branches, self.count), np.int64)
+
+    def fetch(self) -> Launched:
+        """Start to bring the tokens to the host, before a later pass writes over them."""
+        return replace(self, fetched=self.given.fetch())
+
+    def tokens(self) -> Ints:
+        """Wait for the tokens."""
+        values = self.given.numpy() if self.fetched is None else self.fetched()
+        values = values[0, self.first : self.first + self.branches * self.count]
+        found: Ints = values.reshape(self.branches, self.count)
+        return found
+
+    def follow(self, ids: Ints, stride: int) -> FollowOn | None:
+        """Return ids that are completed where the pass ran, or by who takes them."""
+        return FollowOn(ids, self.given, self.first, self.branches, self.count, stride)
+
+    def only(self, branch: int) -> Launched:
+        """Return one branch's."""
+        return Launched(self.given, 1, self.count, self.first + branch * self.count)

@@ -1,0 +1,119 @@
+"""Passes that are launched one after the other: what one gives goes to the next without the host."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from mirror.bundle import read_manifest
+from mirror.runtime.candidates import CandidateSource
+from mirror.runtime.draft import Draft, Meeting
+from mirror.runtime.guesses import Known, Launched
+from mirror.runtime.loading import load_draft, make_plan
+from mirror.runtime.options import EngineOptions
+from mirror.runtime.records import Outcome
+from mirror.targets.base import Device, Tensor
+from mirror.targets.cpu import CpuDevice
+from mirror.targets.onnxruntime_session import Buffer
+from mirror.targets.watched import Pass, WatchedDevice
+from tests.lookup import Lookup, LookupBundle, random_table, write_bundle
+from tests.streams import FakeStream, streamed
+
+MODEL = Lookup(random_table(4, 97, 13))
+CONTEXT = np.array([1, 2, 3, 4, 5])
+
+
+def _on_device(values: Sequence[int], stream: FakeStream) -> Buffer:
+    return Buffer(ort.OrtValue.ortvalue_from_numpy(np.array([values])), None, stream, "int64")
+
+
+def _launching(stream: FakeStream, began: list[int]) -> Device:
+    """Return a device whose outputs must be fetched, and are written over by the next pass of the same size."""
+
+    def watch(item: Pass) -> Mapping[str, Tensor]:
+        began.append(len(stream.log))
+        outputs = item.run()
+        return {
+            name: Buffer(ort.OrtValue.ortvalue_from_numpy(value), None, stream, str(value.dtype))
+            for name, value in outputs.items()
+            if isinstance(value, np.ndarray)
+        }
+
+    return WatchedDevice(streamed(stream), watch)
+
+
+def _draft(folder: Path, device: Device) -> Draft:
+    manifest = read_manifest(folder)
+    plan = make_plan(manifest, EngineOptions(candidates=CandidateSource.DRAFT), shared_cpu=True)
+    return load_draft(folder, manifest, device, plan)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "b", LookupBundle(MODEL, MODEL, gamma=3, kappa=2))
+
+
+def test_given_tokens_lie_at_the_head_of_each_branch() -> None:
+    given = _on_device([9, 8, 7, 6, 5, 4], FakeStream())
+    ids = np.array([[0, 0, 91, 0, 0, 92, 0, 0, 93]])
+    follow = Launched(given, 3, 2).follow(ids, 3)
+    assert follow is not None
+    assert follow.numpy().tolist() == [[9, 8, 91, 7, 6, 92, 5, 4, 93]]
+    one = Launched(given, 3, 2).only(1).follow(np.array([[0, 0, 91]]), 3)
+    assert one is not None
+    assert one.numpy().tolist() == [[7, 6, 91]]
+    assert Launched(given, 3, 2).only(2).fetch().tokens().tolist() == [[5, 4]]
+    assert Known(np.array([[3], [4]])).only(1).tokens().tolist() == [[4]]
+
+
+def test_what_is_fetched_is_what_was_there_then() -> None:
+    buffer = _on_device([1, 2], FakeStream())
+    earlier = buffer.fetch()
+    buffer.value.numpy()[...] = 7
+    later = buffer.fetch()
+    assert earlier().tolist() == [[1, 2]]
+    assert later().tolist() == [[7, 7]]
+
+
+def test_launched_passes_make_the_same_rollout_and_nothing_waits_between_them(folder: Path) -> None:
+    stream, began = FakeStream(), []
+    launched, plain = _draft(folder, _launching(stream, began)), _draft(folder, CpuDevice())
+    for _ in range(3):  # also once bindings are there
+        proposals = [draft.propose(CONTEXT, 3, None).tokens for draft in (launched, plain)]
+        assert proposals[0] == proposals[1]
+        window = np.array([CONTEXT[-1], *proposals[0]])
+        stream.log.clear()
+        began.clear()
+        rollouts = [draft.roll_out(CONTEXT, window, 3, Meeting(), None) for draft in (launched, plain)]
+        assert np.array_equal(rollouts[0].continuations, rollouts[1].continuations)
+        assert np.array_equal(rollouts[0].lengths, rollouts[1].lengths)
+    branch_passes = stream.log[began[1] :]
+    assert branch_passes.count("spread") == 2  # into the second pass and the third
+    assert branch_passes.index("spread") < len(branch_passes) - 1 - branch_passes[::-1].index("upload")
+
+
+def test_a_branch_that_was_taken_goes_on_alone(folder: Path) -> None:
+    stream = FakeStream()
+    launched, plain = _draft(folder, _launching(stream, [])), _draft(folder, CpuDevice())
+    window = np.array([CONTEXT[-1], *plain.propose(CONTEXT, 3, None).tokens])
+    whole = plain.roll_out(CONTEXT, window, 3, Meeting(), None)
+    accepted, token = int(whole.branches.accepted[-1]), int(whole.branches.next_tokens[-1])
+    meeting = _DecidedLater(Outcome(accepted, token), 2)
+    rollout = launched.roll_out(CONTEXT, window, 3, meeting, None)
+    assert rollout.find(Outcome(accepted, token)) == whole.find(Outcome(accepted, token))
+    assert rollout.lengths.tolist() == [1] * (len(rollout.branches) - 1) + [3]
+
+
+class _DecidedLater(Meeting):
+    """The outcome is known when it is asked for the n-th time."""
+
+    def __init__(self, outcome: Outcome, asked: int) -> None:
+        super().__init__()
+        self._later, self._left = outcome, asked
+
+    @property
+    def outcome(self) -> Outcome | None:
+        self._left -= 1
+        return self._later if self._left <= 0 else None
