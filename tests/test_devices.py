@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+import mirror
 from mirror.bundle import Form, Segment, read_manifest
 from mirror.errors import DeviceError
 from mirror.runtime.feeds import FeedPool
@@ -283,14 +284,24 @@ PAIRS = [
     pytest.param("cuda:0", "cpu", marks=GPU),
     pytest.param("cuda:0", "openvino:CPU", marks=GPU),
     pytest.param("cuda:0", "cuda:0", marks=GPU),
+    pytest.param("cuda:0", "cuda:1", marks=GPU),
+    pytest.param("cuda:1", "cuda:0", marks=GPU),
 ]
+
+
+def _needs(*names: str) -> None:
+    """Skip where a GPU of these isn't there, or openvino isn't installed."""
+    if any(name.startswith("openvino") for name in names):
+        pytest.importorskip("openvino", reason=survey.INSTALL_OPENVINO)
+    gpus = [int(name.partition(":")[2]) for name in names if name.startswith("cuda")]
+    if gpus and max(gpus) >= len(cuda.driver_gpus()):
+        pytest.skip(f"no cuda:{max(gpus)} here")
 
 
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize(("target", "draft"), PAIRS)
 def test_a_pair_of_devices_gives_the_plain_text(target: str, draft: str, mode: Mode, tmp_path: Path) -> None:
-    if any(name.startswith("openvino") for name in (target, draft)):
-        pytest.importorskip("openvino", reason=survey.INSTALL_OPENVINO)
+    _needs(target, draft)
     table = random_table(1, 97, 23)
     spec = LookupBundle(Lookup(table), Lookup(agreeing_table(table, 0.7, 2)), random_table(3, 97, 23))
     bundle = write_bundle(tmp_path / "bundle", spec)
@@ -306,6 +317,22 @@ def test_a_pair_of_devices_gives_the_plain_text(target: str, draft: str, mode: M
         # The first prompt's start again: a cache that was rolled back.
         assert list(engine.generate_tokens(prompt[:4], max_new_tokens=9).tokens) == oracle_greedy(
             spec.target, prompt[:4], 9
+        )
+
+
+@GPU
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("suffix", ["cuda:1", "cpu"])
+def test_a_suffix_on_another_device_gives_the_plain_text(suffix: str, mode: Mode, tmp_path: Path) -> None:
+    _needs("cuda:0", suffix)
+    table = random_table(1, 97, 23)
+    spec = LookupBundle(Lookup(table), Lookup(agreeing_table(table, 0.7, 2)), random_table(3, 97, 23))
+    bundle = write_bundle(tmp_path / "bundle", spec)
+    with mirror.load(
+        bundle, mode=mode.value, target_device="cuda:0", suffix_device=suffix, draft_device="cuda:0"
+    ) as engine:
+        assert list(engine.generate_tokens([1, 2, 3], max_new_tokens=40).tokens) == oracle_greedy(
+            spec.target, [1, 2, 3], 40
         )
 
 

@@ -98,10 +98,13 @@ class FakeCuda:
     def __init__(self) -> None:
         self.now = 0.0
         self.Event = lambda enable_timing: FakeEvent(self)
-        self.ExternalStream = lambda handle: handle
+        self.ExternalStream = lambda handle, device: handle
 
-    def synchronize(self) -> None:
+    def synchronize(self, device: str) -> None:
         """Nothing is under way."""
+
+    def current_stream(self, device: str) -> int:
+        return 0
 
 
 class FakeEvent:

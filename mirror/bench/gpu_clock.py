@@ -33,25 +33,24 @@ class PassClock:
     def __init__(self) -> None:
         self._on = False
         self._ran: list[Ran] = []
-        self._launched: list[tuple[Lane, str, Any, Any]] = []  # on a GPU: events before and after
-        self._zero: Any = None
-        self._zero_s = 0.0
-        self._uses_gpu = False
+        self._launched: list[tuple[Lane, str, str, Any, Any]] = []  # on a GPU: its name, events before and after
+        self._zeros: dict[str, tuple[Any, float]] = {}  # by GPU: an event, and its time on the host's clock
+        self._gpus: set[str] = set()
 
     def watched(self, device: Device, lane: Lane) -> Device:
         """Return a device whose passes are noted; a GPU's by events on its stream."""
         stream = getattr(device, "stream", None)
         if stream is None:
             return WatchedDevice(device, self._host_watch(lane))
-        self._uses_gpu = True
-        return WatchedDevice(device, self._gpu_watch(lane, stream.handle))
+        self._gpus.add(device.name)
+        return WatchedDevice(device, self._gpu_watch(lane, device.name, stream.handle))
 
     def start(self) -> None:
         """Forget what was noted, and note from now on."""
         self._ran.clear()
         self._launched.clear()
-        if self._uses_gpu:
-            self._set_zero()
+        for gpu in self._gpus:
+            self._set_zero(gpu)
         self._on = True
 
     def take(self) -> tuple[Ran, ...]:
@@ -59,22 +58,28 @@ class PassClock:
         self._on = False
         found = list(self._ran)
         if self._launched:
-            _cuda().synchronize()
-            found += [Ran(lane, name, self._at(begin), self._at(end)) for lane, name, begin, end in self._launched]
+            for gpu in self._gpus:
+                _cuda().synchronize(gpu)
+            found += [
+                Ran(lane, name, self._at(gpu, begin), self._at(gpu, end))
+                for lane, name, gpu, begin, end in self._launched
+            ]
         return tuple(sorted(found, key=lambda item: item.start_s))
 
-    def _at(self, event: Any) -> float:
+    def _at(self, gpu: str, event: Any) -> float:
         """Return an event's time in seconds of the host's clock."""
-        return self._zero_s + float(self._zero.elapsed_time(event)) / 1e3
+        zero, zero_s = self._zeros[gpu]
+        return zero_s + float(zero.elapsed_time(event)) / 1e3
 
-    def _set_zero(self) -> None:
-        _cuda().synchronize()
-        self._zero = _cuda().Event(enable_timing=True)
+    def _set_zero(self, gpu: str) -> None:
+        _cuda().synchronize(gpu)
+        zero = _cuda().Event(enable_timing=True)
+        stream = _cuda().current_stream(gpu)
         before_s = time.perf_counter()
-        self._zero.record()
-        self._zero.synchronize()
+        zero.record(stream)
+        zero.synchronize()
         # The GPU passed the event at some time between; a few microseconds apart.
-        self._zero_s = (before_s + time.perf_counter()) / 2
+        self._zeros[gpu] = zero, (before_s + time.perf_counter()) / 2
 
     def _host_watch(self, lane: Lane) -> Watch:
         def watch(item: Pass) -> Mapping[str, Tensor]:
@@ -86,9 +91,9 @@ class PassClock:
 
         return watch
 
-    def _gpu_watch(self, lane: Lane, handle: int) -> Watch:
+    def _gpu_watch(self, lane: Lane, gpu: str, handle: int) -> Watch:
         cuda = _cuda()
-        stream = cuda.ExternalStream(handle)
+        stream = cuda.ExternalStream(handle, device=gpu)
 
         def watch(item: Pass) -> Mapping[str, Tensor]:
             if not self._on:
@@ -97,7 +102,7 @@ class PassClock:
             begin.record(stream)
             outputs = item.run()
             end.record(stream)
-            self._launched.append((lane, item.segment, begin, end))
+            self._launched.append((lane, item.segment, gpu, begin, end))
             return outputs
 
         return watch

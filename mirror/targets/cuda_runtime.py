@@ -130,6 +130,7 @@ class CudaStream:
 
     def mark(self) -> CudaMark:
         """Return a mark of what was launched so far."""
+        self._select()
         return CudaMark(self._stream)
 
     @property
