@@ -131,8 +131,9 @@ class Step:
 
         def as_engine() -> None:
             run("target_prefix")
-            to_host(run("exit_head")["candidate_ids"])
-            to_host(run("target_suffix")["logits"])
+            candidates, chosen = run("exit_head")["candidate_ids"], run("target_suffix")["token_ids"]
+            to_host(candidates)
+            to_host(chosen)
 
         def wait() -> None:
             to_host(given["hidden_states"])  # small, and copied after all that was launched before

@@ -119,6 +119,8 @@ def tokens_per_s(rounds: Iterable[Round]) -> float:
 @click.option("--target-device", default="cuda:0", show_default=True)
 @click.option("--draft-device", "draft_devices", multiple=True, default=["cuda:0"], show_default=True)
 @click.option("--candidates", type=click.Choice([source.value for source in CandidateSource]), default=None)
+@click.option("--fanout", default=None, help="Branches after each window position, comma-separated.")
+@click.option("--passes", default=None, help="Tokens per pass of a rollout, comma-separated.")
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0], show_default=True)
 @click.option("--questions", "questions_file", type=click.Path(path_type=Path), default=None)
 @click.option("--per-category", default=4, show_default=True)
@@ -133,6 +135,8 @@ def main(
     target_device: str,
     draft_devices: Sequence[str],
     candidates: str | None,
+    fanout: str | None,
+    passes: str | None,
     temperatures: Sequence[float],
     questions_file: Path | None,
     per_category: int,
@@ -146,7 +150,14 @@ def main(
     """Measure the modes of BUNDLE."""
     manifest, clock = read_manifest(bundle), PassClock()
     source = None if candidates is None else CandidateSource(candidates)
-    options = EngineOptions(max_length=max_length, candidates=source, pinned=True, mode=Mode.MIRROR)
+    options = EngineOptions(
+        max_length=max_length,
+        candidates=source,
+        fanout=None if fanout is None else numbers(fanout),
+        tokens_per_pass=None if passes is None else numbers(passes),
+        pinned=True,
+        mode=Mode.MIRROR,
+    )
     target = SharedDevice(open_watched(target_device, clock, Lane.TARGET))
     arms, memory = load_arms(bundle, manifest, options, target, draft_devices, clock)
     questions = own_questions(per_category) if questions_file is None else read_questions(questions_file, per_category)
@@ -154,6 +165,7 @@ def main(
         **provenance("mirror.bench.gpu_rounds"),
         "gpu": gpu_name(0),
         "bundle": bundle.name,
+        "exit_layer": manifest.decoding.exit_layer,
         "questions": {"count": len(questions), "numbers": [question.number for question in questions]},
         "memory": memory,
     }
@@ -172,6 +184,18 @@ def main(
             _write(out, facts, rows)
     for arm in arms:
         arm.engine.close()
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Return comma-separated numbers.
+
+    Raises:
+        click.ClickException: it is something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.ClickException(f"{text!r} is no list of numbers; write them like 8,4,2,1") from None
 
 
 def own_questions(per_kind: int) -> tuple[Question, ...]:

@@ -20,7 +20,7 @@ import click
 
 from mirror.bench.gpu_clock import PassClock
 from mirror.bench.gpu_devices import open_watched
-from mirror.bench.gpu_rounds import Arm, Asked, compare, own_questions, row
+from mirror.bench.gpu_rounds import Arm, Asked, compare, numbers, own_questions, row
 from mirror.bench.gpu_shared import SharedDevice
 from mirror.bench.provenance import gpu_name, provenance
 from mirror.bench.questions import read_questions
@@ -117,18 +117,11 @@ def variants(
     for gamma in gammas:
         yield Variant("gamma", str(gamma), base, gamma)
     for fanout in fanouts:
-        yield Variant("fanout", fanout, replace(base, fanout=_numbers(fanout)))
+        yield Variant("fanout", fanout, replace(base, fanout=numbers(fanout)))
     for counts in passes:
-        yield Variant("tokens_per_pass", counts, replace(base, tokens_per_pass=_numbers(counts)))
+        yield Variant("tokens_per_pass", counts, replace(base, tokens_per_pass=numbers(counts)))
     for source in sources:
         yield Variant("candidates", source, replace(base, candidates=CandidateSource(source)))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.ClickException(f"{text!r} is no list of numbers; write them like 8,4,2,1") from None
 
 
 def _shown(found: dict[str, Any]) -> dict[str, Any]:
