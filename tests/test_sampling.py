@@ -263,7 +263,7 @@ _LAWS = [
 ]
 
 
-@pytest.mark.parametrize("temperature", [1e-7, 0.3, 1.0, 4.0, 1e7])
+@pytest.mark.parametrize("temperature", [1e-40, 0.3, 1.0, 4.0, 1e300])
 @pytest.mark.parametrize("law", _LAWS, ids=str)
 def test_shortcuts_change_no_choice(law: dict[str, float], temperature: float) -> None:
     """Bounds in float32 and searches by blocks save time; the token is that of the whole row, worked through."""
@@ -275,7 +275,8 @@ def test_shortcuts_change_no_choice(law: dict[str, float], temperature: float) -
         sampler = Sampler(params, logits.size, context)
         for position in range(4):
             expected = _plain_choice(logits, params, seen, position)
-            assert sampler.choose(logits, position) == expected, (name, logits.size, position)
+            with np.errstate(over="raise", invalid="raise"):
+                assert sampler.choose(logits, position) == expected, (name, logits.size, position)
 
 
 def test_a_tail_that_wins_is_drawn_from_as_the_whole_row_would() -> None:
@@ -286,6 +287,25 @@ def test_a_tail_that_wins_is_drawn_from_as_the_whole_row_would() -> None:
     chosen = [Sampler(params, logits.size, NO_CONTEXT).choose(logits, position) for position in range(40)]
     assert chosen == [_plain_choice(logits, params, seen, position) for position in range(40)]
     assert sum(token in head for token in chosen) < 20
+
+
+@pytest.mark.parametrize(("nudge", "kept"), [(-1e-9, 25), (1e-9, 26)])
+def test_top_p_within_the_error_of_float32_is_settled_in_float64(nudge: float, kept: int) -> None:
+    logits = np.full(8_192, -3.3, np.float32)
+    logits[100:150] = 0
+    mass = np.exp(logits.astype(np.float64)).sum()
+    law = process(logits, SamplingParams(1.0, top_p=25 / mass * (1 + nudge)), None)
+    assert law.ids.tolist() == list(range(100, 100 + kept))
+
+
+def test_a_row_of_one_head_and_no_tail_has_no_tail_to_lose_to() -> None:
+    """Each of the 64 tokens stands in a block of its own, and the tail's noise is as great as it hardly ever is."""
+    logits = np.full(8_192, -np.inf, np.float32)
+    logits[:64] = np.linspace(0, 0.1, 64)
+    noise = uniforms(3, np.arange(200_000), np.full(200_000, TAIL_TOKEN))
+    position = int(np.argmax(noise))
+    expected = _plain_choice(logits, SamplingParams(1.0, seed=3), np.zeros(8_192, np.bool_), position)
+    assert Sampler(SamplingParams(1.0, seed=3), 8_192, NO_CONTEXT).choose(logits, position) == expected
 
 
 def test_the_whole_row_is_left_alone_where_the_head_is_sure_to_win(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,7 @@ class Generation:
         self._log = SpanLog(Lane.TARGET)
         self._draft_spans: list[Span] = []
         self._prepared: tuple[int, ...] | None = None
+        self._ahead: Logits | None = None  # of the next round's pass
         self._reading: Job[None] | None = None
         self.finish_reason: FinishReason | None = None
         self.rounds: list[Round] = []
@@ -250,6 +251,8 @@ class Generation:
 
     def _run_target(self, window: Ints, overlap: _Overlap | None) -> Logits:
         """Return the window's logits, once they are there; offer the exit's candidates on the way."""
+        if self._ahead is not None:
+            return self._take_ahead()
         state = self._run_prefix(window)
         if self._note_states(len(self._sequence) - 1) and overlap is not None:
             overlap.meeting.state(self._unseen[-1][1])
@@ -262,6 +265,24 @@ class Generation:
                 overlap.meeting.offer(candidates.read())
         with self._log.span("suffix"):
             logits = ahead or self._target.run_suffix(state)
+            self._look_ahead(logits)
+            logits.wait()
+        return logits
+
+    def _look_ahead(self, logits: Logits) -> None:
+        """Where the next token is the likeliest, and alone, launch its pass before it is read: no device waits."""
+        lone = self._mode is Mode.PLAIN and self._sampler.takes_likeliest and not self._shape.wants_states
+        # One token comes of this pass, and there is no next one if it is the last.
+        if lone and self._room > 1 and logits.unread is not None:
+            logits.fetch()
+            self._ahead = self._target.run_ahead(logits, len(self._sequence))
+
+    def _take_ahead(self) -> Logits:
+        """Return the logits of the pass that was launched already."""
+        logits, self._ahead = self._ahead, None
+        assert logits is not None
+        with self._log.span("suffix"):
+            self._look_ahead(logits)
             logits.wait()
         return logits
 

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from mirror.runtime.records import Floats, Ints
-from mirror.targets.base import Tensor
+from mirror.targets.base import DeviceTensor, Fetched, Tensor, to_host
 
 
 class Logits:
@@ -19,7 +19,8 @@ class Logits:
 
     Args:
         logits: float32 [1, rows, vocab], on a device or in host memory.
-        token_ids: int64 [1, rows], each row's likeliest token, the first of equals; None where the graph has none.
+        token_ids: int64 [1, rows], each row's likeliest token, the first of equals, -1 where its logit is no finite
+            number; None where the graph names none.
     """
 
     def __init__(self, logits: Tensor, token_ids: Tensor | None = None) -> None:
@@ -28,6 +29,17 @@ class Logits:
         self._vocab_size = logits.shape[-1]
         self._rows: dict[int, Floats] = {}
         self._likeliest: Ints | None = None
+        self._fetched: Fetched | None = None
+
+    @property
+    def unread(self) -> DeviceTensor | None:
+        """The likeliest tokens where they are on a device, as `token_ids`; None where the host has or finds them."""
+        return None if isinstance(self._token_ids, np.ndarray) else self._token_ids
+
+    def fetch(self) -> None:
+        """Start to bring the likeliest tokens to the host: the next pass may be launched then, and no row be read."""
+        if (unread := self.unread) is not None:
+            self._fetched = unread.fetch()
 
     def wait(self) -> None:
         """Wait until the pass has ended."""
@@ -47,24 +59,17 @@ class Logits:
             self._rows[index] = self._logits.numpy_part(index * self._vocab_size, self._vocab_size)
         return self._rows[index]
 
-    def likeliest(self, index: int) -> tuple[int, float]:
-        """Return a row's likeliest token, the first of equals, and its logit.
-
-        The logit is NaN or infinite where the row's greatest is, as far as the graph's own choice shows it.
-        """
+    def likeliest(self, index: int) -> int:
+        """Return a row's likeliest token, the first of equals; -1 where its logit is no finite number."""
         if not isinstance(self._logits, np.ndarray) and self._token_ids is not None:
-            token = int(self._read_likeliest(self._token_ids)[index])
-            if 0 <= token < self._vocab_size:
-                logit = float(self._logits.numpy_part(index * self._vocab_size + token, 1)[0])
-                if math.isfinite(logit):
-                    return token, logit
-            # The graph compared numbers that are none; the row itself tells which.
+            return int(self._read_likeliest(self._token_ids)[index])
         row = self.row(index)
         token = int(np.argmax(row))
-        return token, float(row[token])
+        return token if math.isfinite(row[token]) else -1
 
     def _read_likeliest(self, token_ids: Tensor) -> Ints:
         """Return each row's likeliest token, int64 [rows]; read once."""
         if self._likeliest is None:
-            self._likeliest = (token_ids if isinstance(token_ids, np.ndarray) else token_ids.numpy())[0]
+            values = self._fetched() if self._fetched is not None else to_host(token_ids)
+            self._likeliest = values[0]
         return self._likeliest

@@ -20,6 +20,8 @@ from mirror.runtime.records import Candidates, Floats, Ints
 
 # Kept tokens with a Gumbel of their own; the others share one.
 HEAD_TOKENS = 64
+_FLOAT64_SLACK = 1e-9  # far more than float64 gets wrong in a sum over a vocabulary, as a share of it
+_NO_WEIGHT = -1e3  # a score whose exponential is 0 in float32 and in float64
 _TAIL_AND_PICK = np.array([TAIL_TOKEN, PICK_TOKEN], np.int64)
 
 
@@ -90,7 +92,8 @@ def process(logits: Floats, params: SamplingParams, seen: NDArray[np.bool_] | No
 def _processed(logits: Floats, params: SamplingParams) -> Kept:
     """Return the distribution of a row whose penalties are applied."""
     peaks = find_peaks(logits, params.temperature)
-    kept = _nucleus(peaks, params.top_p) if peaks is not None and params.top_k == 0 else None
+    alone = params.top_k == 0 and params.top_p < 1.0
+    kept = _nucleus(peaks, params.top_p) if peaks is not None and alone else None
     if kept is None:
         kept = _scored(logits, params.temperature, _that_may_stay(peaks, params))
         kept = _top_p(_top_k(kept, params.top_k), params.top_p)
@@ -108,13 +111,12 @@ def _that_may_stay(peaks: Peaks | None, params: SamplingParams) -> Ints | None:
 
 def _scored(logits: Floats, temperature: float, ids: Ints | None) -> Kept:
     """Return the scores of some tokens, the likeliest among them; of all where ids is None. Drops those at -inf."""
-    scores = (logits if ids is None else logits[ids]).astype(np.float64) / temperature
+    scores = (logits if ids is None else logits[ids]).astype(np.float64)
+    scores /= temperature
+    scores -= scores.max()
+    ids = np.arange(scores.size) if ids is None else ids
     finite = scores > -np.inf
-    if ids is None:
-        ids = np.arange(scores.size)
-    if not finite.all():
-        ids, scores = ids[finite], scores[finite]
-    return Kept(ids, scores - scores.max())
+    return Kept(ids, scores) if finite.all() else Kept(ids[finite], scores[finite])
 
 
 def _only(kept: Kept, where: NDArray[np.bool_]) -> Kept:
@@ -133,38 +135,50 @@ def _top_p(kept: Kept, top_p: float) -> Kept:
     """Keep the fewest likeliest tokens whose mass reaches top_p, ties by lower id."""
     if top_p == 1.0:
         return kept
-    scores, count = kept.scores, min(HEAD_TOKENS, kept.ids.size)
-    weights = np.exp(scores)
-    wanted = top_p * np.cumsum(weights)[-1]
-    while True:
-        order = _likeliest(scores, count)
-        mass = np.cumsum(weights[order])
-        if mass[-1] >= wanted or count == scores.size:
-            break
-        count = min(8 * count, scores.size)
-    inside = order[: int(np.searchsorted(mass, wanted, side="left")) + 1]
-    return Kept(kept.ids[np.sort(inside)], scores[np.sort(inside)])
+    mass = float(np.cumsum(np.exp(kept.scores))[-1])
+    share = _negligible(top_p, mass, kept.ids.size)
+    near = _only(kept, kept.scores >= np.log(share)) if share > 0.0 else kept
+    ranked, reached = _ranked(near.scores)
+    return _first(near, ranked, int(np.searchsorted(reached, top_p * mass, side="left")) + 1)
 
 
 def _nucleus(peaks: Peaks, top_p: float) -> Kept | None:
-    """Return what top-p alone keeps, from the few likeliest tokens and bounds on the mass of all.
+    """Return what top-p alone keeps, from the likely tokens and bounds on the mass of all.
 
-    None where that leaves the last token in doubt, where it would be most of the row, and where top_p keeps all.
+    None where that leaves the last token in doubt, and where top_p keeps all.
     """
-    if top_p == 1.0:
+    mass, size = peaks.mass(), peaks.logits.size
+    ids = peaks.at_least(share) if (share := _negligible(top_p, mass, size)) > 0.0 else None
+    if ids is None:
         return None
-    wanted, count = top_p * peaks.mass(), HEAD_TOKENS
-    least, most = wanted * (1.0 - FLOAT32_SLACK), wanted * (1.0 + FLOAT32_SLACK)
-    while (ids := peaks.best(count)) is not None:
-        near = _scored(peaks.logits, peaks.temperature, ids)
-        order = _likeliest(near.scores, count)
-        mass = np.cumsum(np.exp(near.scores[order]))
-        if mass[-1] >= most:
-            first, last = (int(np.searchsorted(mass, bound, side="left")) for bound in (least, most))
-            inside = np.sort(order[: first + 1])
-            return Kept(near.ids[inside], near.scores[inside]) if first == last else None
-        count *= 8
-    return None
+    near = _scored(peaks.logits, peaks.temperature, ids)
+    ranked, reached = _ranked(near.scores)
+    wanted = top_p * mass
+    bounds = np.searchsorted(reached, (wanted * (1.0 - FLOAT32_SLACK), wanted * (1.0 + FLOAT32_SLACK)), side="left")
+    return _first(near, ranked, int(bounds[0]) + 1) if bounds[0] == bounds[1] < ranked.size else None
+
+
+def _negligible(top_p: float, mass: float, size: int) -> float:
+    """Return a weight such that all tokens below it add up to less than top-p leaves out; 0 for no such."""
+    # Half of what would do, so that rounding doesn't matter; next to 1 it would.
+    return (1.0 - top_p) * mass / (2 * size) if top_p < 1.0 - _FLOAT64_SLACK else 0.0
+
+
+def _ranked(scores: F64) -> tuple[F64, F64]:
+    """Return scores from the greatest down, and the running sums of their weights."""
+    ranked = -np.sort(-scores)
+    return ranked, np.cumsum(np.exp(ranked))
+
+
+def _first(kept: Kept, ranked: F64, count: int) -> Kept:
+    """Return the `count` likeliest tokens, ties by lower id; all if there are fewer."""
+    if count >= ranked.size:
+        return kept
+    least = ranked[count - 1]
+    where = kept.scores > least
+    ties = np.flatnonzero(kept.scores == least)
+    where[ties[: count - int(np.count_nonzero(where))]] = True
+    return _only(kept, where)
 
 
 def _likeliest(scores: F64, count: int) -> Ints:
@@ -229,24 +243,20 @@ def draw(kept: Kept, seed: int, position: int) -> int:
         return int(kept.ids[np.argmax(kept.scores + gumbel(uniforms(seed, position, kept.ids)))])
     race = _run(kept, seed, position)
     # In float32 the tail costs little, and most races need no more of it.
-    mass = float(np.exp(kept.scores.astype(np.float32)).sum())
+    mass = float(np.exp(np.maximum(kept.scores, _NO_WEIGHT).astype(np.float32)).sum())
     return race.token if race.is_won(race.rest(mass)) else _settle(race, kept)
 
 
 def _settle(race: _Race, kept: Kept) -> int:
     """Return a race's outcome, with the tail as it is."""
-    tail = np.ones(kept.ids.size, np.bool_)
-    tail[np.searchsorted(kept.ids, race.head)] = False
-    mass = np.cumsum(np.exp(kept.scores[tail]))
-    if mass.size == 0:
+    scores = kept.scores.copy()
+    scores[np.searchsorted(kept.ids, race.head)] = -np.inf  # a weight of 0 changes no sum
+    mass = np.cumsum(np.exp(scores))
+    # A tail so unlikely that its mass is 0, or one of no tokens, never wins.
+    if mass[-1] == 0.0 or race.value >= float(np.log(mass[-1])) + race.tail_noise:
         return race.token
-    # A tail so unlikely that its mass is 0 scores -inf and never wins.
-    with np.errstate(divide="ignore"):
-        tail_value = float(np.log(mass[-1])) + race.tail_noise
-    if race.value >= tail_value:
-        return race.token
-    index = min(int(np.searchsorted(mass, race.pick * mass[-1], side="right")), mass.size - 1)
-    return int(kept.ids[tail][index])
+    index = int(np.searchsorted(mass, race.pick * mass[-1], side="right"))
+    return int(kept.ids[min(index, np.flatnonzero(scores > -np.inf)[-1])])
 
 
 def sample(logits: Floats, params: SamplingParams, seen: NDArray[np.bool_] | None, position: int) -> int:
@@ -315,8 +325,8 @@ class LogitRows(Protocol):
         """Return one row, float32 [vocab]."""
         ...
 
-    def likeliest(self, index: int) -> tuple[int, float]:
-        """Return a row's likeliest token, the lowest id on ties, and its logit."""
+    def likeliest(self, index: int) -> int:
+        """Return a row's likeliest token, the lowest id on ties; -1 where its logit is no finite number."""
         ...
 
 
@@ -331,12 +341,18 @@ class Sampler:
             self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[context] = True
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether every choice is the likeliest token of the logits as they are."""
+        return self._as_it_is
+
     def choose_row(self, logits: LogitRows, index: int, position: int) -> int:
         """Return the target's token for an absolute position, from one row of logits; see `choose`."""
         if not self._as_it_is:
             return self.choose(logits.row(index), position)
-        token, logit = logits.likeliest(index)
-        _check_finite(logit)
+        token = logits.likeliest(index)
+        if token < 0:
+            raise _no_number("no finite number")
         return token
 
     def choose(self, logits: Floats, position: int) -> int:
@@ -365,6 +381,8 @@ class Sampler:
 def _check_finite(greatest: float) -> None:
     # NaN wins every argmax and max, so the greatest value tells.
     if not np.isfinite(greatest):
-        raise DeviceError(
-            f"the target's greatest logit is {greatest}; the device or the precision can't run this model"
-        )
+        raise _no_number(str(greatest))
+
+
+def _no_number(found: str) -> DeviceError:
+    return DeviceError(f"the target's greatest logit is {found}; the device or the precision can't run this model")

@@ -10,7 +10,7 @@ import numpy as np
 from mirror.runtime.feeds import FeedPool, chunk_width, fit_width
 from mirror.runtime.logits import Logits
 from mirror.runtime.records import Candidates, Floats, Ints
-from mirror.targets.base import Fetched, KVCache, LoadedSegment, Tensor, to_host
+from mirror.targets.base import Fetched, FollowOn, KVCache, LoadedSegment, Tensor, to_host
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,26 @@ class Target:
         first, last = 0, (state.width if self._pinned_width else state.rows)
         return self._suffix(state, first, last)
 
+    def run_ahead(self, logits: Logits, past_length: int) -> Logits | None:
+        """Launch the pass over the likeliest token after a pass's first row, which the host has not read.
+
+        That token must be on its way to the host already (`Logits.fetch`); no row of `logits` can be read any more.
+
+        Args:
+            past_length: slots that will be filled before it.
+
+        Returns:
+            The new pass's logits; None, and nothing was launched, where the host has to be waited for.
+        """
+        given = logits.unread
+        if given is None or self._segments.apart:
+            return None
+        width = fit_width(self._segments.widths, self._pinned_width or 1)
+        feeds = self._pool.at(width)
+        feeds.fill_causal(np.zeros(1, np.int64), past_length)
+        ids = FollowOn(feeds.ids, given, first=0, groups=1, count=1, stride=1)
+        return self.run_suffix(self._launch_prefix({**feeds.tensors, "input_ids": ids}, past_length, 1, width))
+
     def prefill(self, tokens: Ints, past_length: int, chunk: int) -> tuple[int, Logits | None]:
         """Run one chunk of a prompt.
 
@@ -137,9 +157,11 @@ class Target:
     def _prefix(self, tokens: Ints, past_length: int, width: int) -> ExitState:
         feeds = self._pool.at(width)
         feeds.fill_causal(tokens, past_length)
-        outputs = self._segments.prefix.run(feeds.tensors, self._segments.prefix_cache, past_length)
-        feeds.tensors["hidden_states"] = outputs["hidden_states"]
-        self._last = ExitState(feeds.tensors, past_length, tokens.shape[0], width)
+        return self._launch_prefix(feeds.tensors, past_length, tokens.shape[0], width)
+
+    def _launch_prefix(self, feeds: Mapping[str, Tensor], past_length: int, rows: int, width: int) -> ExitState:
+        outputs = self._segments.prefix.run(feeds, self._segments.prefix_cache, past_length)
+        self._last = ExitState({**feeds, "hidden_states": outputs["hidden_states"]}, past_length, rows, width)
         return self._last
 
     def _suffix(self, state: ExitState, first: int, last: int) -> Logits:
