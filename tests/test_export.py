@@ -88,7 +88,7 @@ def test_weights_of_the_right_type_are_linked_not_copied(llama: Path, llama_bund
     linked = llama_bundle / "weights" / "model.safetensors"
     assert linked.samefile(llama / "model.safetensors")
     written = llama_bundle / "weights" / "mirror.bin"
-    assert written.stat().st_size < 64 * 2**10  # only the rotary tables
+    assert written.stat().st_size < 192 * 2**10  # only the rotary tables, a rollout's slots among them
 
 
 def test_converted_weights_are_written_once(tmp_path: Path, llama: Path) -> None:
