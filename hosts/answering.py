@@ -1,7 +1,8 @@
 """One host that answers prompts, in a process of its own: this package, or the C++ program `mirror_speed`.
 
-`python -m hosts.answering BUNDLE [KEY=VALUE]...` is the former: it reads prompts as token ids, one a line, and prints
-a JSON line for each answer, as `mirror_speed` does (keys: mode, threads, tokens, target, draft, pinned).
+`python -m hosts.answering BUNDLE [KEY=VALUE]...` is the former: it reads prompts as token ids, one a line, maybe after
+`mode=NUMBER`, and prints a JSON line for each answer, as `mirror_speed` does (keys: mode, threads, tokens, target,
+draft, pinned).
 """
 
 from __future__ import annotations
@@ -44,8 +45,11 @@ class Host:
     ) -> None:
         self._process.communicate()
 
-    def answer(self, prompt: Sequence[int]) -> dict[str, Any]:
+    def answer(self, prompt: Sequence[int], mode: str | None = None) -> dict[str, Any]:
         """Return what was measured of an answer, and its tokens.
+
+        Args:
+            mode: another one than that of the settings, if those loaded a draft.
 
         Raises:
             HostError: the process has ended.
@@ -53,7 +57,8 @@ class Host:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(" ".join(map(str, prompt)) + "\n")
+            first = [] if mode is None else [f"mode={mode_number(mode)}"]
+            self._process.stdin.write(" ".join([*first, *map(str, prompt)]) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
@@ -85,8 +90,10 @@ def serve(bundle: Path, settings: Mapping[str, str]) -> None:
         pinned=settings.get("pinned") == "1",
     ) as engine:
         for line in sys.stdin:
+            words = line.split()
+            asked = words.pop(0).partition("=")[2] if words and words[0].startswith("mode=") else settings["mode"]
             answer = engine.generate_tokens(
-                [int(token) for token in line.split()], max_new_tokens=int(settings["tokens"])
+                [int(token) for token in words], max_new_tokens=int(settings["tokens"]), mode=MODES[int(asked) - 1]
             )
             found = answer.statistics
             result = {

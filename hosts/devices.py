@@ -1,8 +1,9 @@
 """C++ against Python on other devices: `python -m hosts.devices BUNDLE RESULT.json --place cuda:0/cpu ...`.
 
-For every placement TARGET/DRAFT both hosts answer the same prompts in plain and mirror mode, and their tokens are
-compared. Placements on openvino devices take ONNX Runtime's plugin (`--plugin`, the library; by default that of the
-installed package `onnxruntime-ep-openvino`). Build `hosts/cpp` with its tests first.
+For every placement TARGET/DRAFT both hosts load the bundle once and answer the same prompts in each mode. Their tokens
+are compared; a line for each mode says tokens per second, and how many passes the C++ host had recorded on GPUs.
+Placements on openvino devices take ONNX Runtime's plugin (`--plugin`, the library; by default that of the installed
+package `onnxruntime-ep-openvino`). Build `hosts/cpp` with its tests first.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mirror
-from hosts.answering import PYTHON, Host, HostError, mode_number
+from hosts.answering import MODES, PYTHON, Host, HostError, mode_number
 from hosts.toolchain import DEFAULT_FOLDER
 from mirror.bench.prompts import load_prompts
 from mirror.bench.provenance import provenance
@@ -35,29 +36,36 @@ def find_plugin() -> Path | None:
     return path if path.is_file() else None
 
 
-def answers(program: Sequence[str], bundle: Path, settings: Mapping[str, str], prompts: Sequence[Sequence[int]]) -> Any:
-    """Return a host's answers, or what it refused or failed with as a text."""
-    with Host(program, bundle, settings) as host:
-        try:
-            host.answer(prompts[0])  # warms up
-            return [host.answer(prompt) for prompt in prompts]
-        except HostError as error:
-            return str(error)
+def answers(
+    program: Sequence[str], options: argparse.Namespace, settings: Mapping[str, str], prompts: Sequence[Sequence[int]]
+) -> Mapping[str, Any]:
+    """Return a host's answers by mode, or what it refused or failed with as a text."""
+    modes: Sequence[str] = options.mode or MODES
+    found: dict[str, Any] = {}
+    with Host(program, options.bundle, {**settings, "mode": mode_number(modes[-1])}) as host:
+        for mode in modes:
+            try:
+                host.answer(prompts[0], mode)  # warms up
+                found[mode] = [host.answer(prompt, mode) for prompt in prompts]
+            except HostError as error:
+                return {**dict.fromkeys(modes, str(error)), **found}
+    return found
 
 
 def compare_place(
-    options: argparse.Namespace, place: str, mode: str, prompts: Sequence[Sequence[int]]
-) -> Mapping[str, Any]:
-    """Return both hosts' answers on one placement, and whether their tokens agree."""
+    options: argparse.Namespace, place: str, prompts: Sequence[Sequence[int]]
+) -> Iterator[Mapping[str, Any]]:
+    """Yield both hosts' answers on one placement by mode, and whether their tokens agree."""
     target, _, draft = place.partition("/")
-    settings = {"mode": mode_number(mode), "tokens": str(options.tokens), "target": target, "draft": draft or "cpu"}
+    settings = {"tokens": str(options.tokens), "target": target, "draft": draft or "cpu"}
     settings["pinned"] = "0" if options.free_widths else "1"
     extra = {"plugin": str(options.plugin)} if "openvino" in place and options.plugin else {}
-    python = answers(PYTHON, options.bundle, settings, prompts)
-    cpp = answers([str(options.program)], options.bundle, {**settings, **extra}, prompts)
-    both = not isinstance(python, str) and not isinstance(cpp, str)
-    same = [a["tokens"] == b["tokens"] for a, b in zip(cpp, python, strict=True)] if both else None
-    return {"place": place, "mode": mode, "same_tokens": same, "cpp": brief(cpp), "python": brief(python)}
+    pythons = answers(PYTHON, options, settings, prompts)
+    for mode, cpp in answers([str(options.program)], options, {**settings, **extra}, prompts).items():
+        python = pythons[mode]
+        both = not isinstance(python, str) and not isinstance(cpp, str)
+        same = [a["tokens"] == b["tokens"] for a, b in zip(cpp, python, strict=True)] if both else None
+        yield {"place": place, "mode": mode, "same_tokens": same, "cpp": brief(cpp), "python": brief(python)}
 
 
 def brief(found: Any) -> Any:
@@ -67,12 +75,25 @@ def brief(found: Any) -> Any:
     return [{key: value for key, value in item.items() if key != "tokens"} for item in found]
 
 
+def said(item: Mapping[str, Any]) -> str:
+    """Return one comparison as a line."""
+    parts = [f"{item['place']} {item['mode']}: same_tokens {item['same_tokens']}"]
+    for host in ("cpp", "python"):
+        found = item[host]
+        parts.append(f"{host} {found if isinstance(found, str) else round(found[-1]['decode_tokens_per_s'])}")
+    if not isinstance(item["cpp"], str):
+        parts.append(f"{item['cpp'][-1]['recorded_passes']} passes recorded")
+        parts.append(f"{sum(answer['events'] for answer in item['cpp'])} events")
+    return ", ".join(parts)
+
+
 def main() -> None:
     """Compare and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--place", action="append", required=True, help="TARGET/DRAFT; again for more")
+    parser.add_argument("--mode", action="append", choices=MODES, help="again for more; all if none")
     parser.add_argument("--plugin", type=Path, default=find_plugin())
     parser.add_argument("--program", type=Path, default=PROGRAM)
     parser.add_argument("--tokens", type=int, default=64)
@@ -83,9 +104,9 @@ def main() -> None:
     prompts = [codec.encode_prompt(prompt.text, True) for prompt in load_prompts()[: options.prompts]]
     found = []
     for place in options.place:
-        for mode in ("plain", "mirror"):
-            found.append(compare_place(options, place, mode, prompts))
-            sys.stdout.write(json.dumps(found[-1]) + "\n")
+        for item in compare_place(options, place, prompts):
+            found.append(item)
+            sys.stdout.write(said(item) + "\n")
             sys.stdout.flush()
     content = {
         "what": "C++ host against Python on other devices, greedy; events are lost drafts",

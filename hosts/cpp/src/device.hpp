@@ -34,24 +34,40 @@ struct States {
   int rows = 0;
 };
 
-// What a pass gives; host memory of the pass, valid until it runs again.
+// What a pass gives besides logits; host memory of the pass, valid until it runs again.
 struct PassOutputs {
-  const float* logits = nullptr;                // [rows, vocab]
-  const std::int64_t* token_ids = nullptr;      // [rows]
+  const std::int64_t* token_ids = nullptr;      // [rows]; null where the graph has none
   const std::int64_t* candidate_ids = nullptr;  // [rows, top]
   const float* candidate_logprobs = nullptr;    // [rows, top]
   int top = 0;
+};
+
+// A pass's token_ids on their way to the host.
+class SentIds {
+ public:
+  virtual ~SentIds() = default;
+  virtual const std::int64_t* wait() = 0;  // [rows]
 };
 
 // A segment bound to the buffers of one pass: nothing is allocated or looked up any more.
 class BoundPass {
  public:
   virtual ~BoundPass() = default;
-  // Runs and writes the new KV rows to slots past_length.. of the cache. Throws Error(device).
+  // Runs and writes the new KV rows to slots past_length.. of the cache; a device with a stream only launches that.
+  // Throws Error(device).
   virtual void run(int past_length) = 0;
-  virtual const PassOutputs& outputs() const = 0;
-  // The exit layer's state that it wrote, if that is in host memory; else null.
-  virtual const std::byte* hidden() const = 0;
+  // Where a device with a stream leaves its token_ids, for the feeds of a pass that follows; else nothing.
+  virtual std::optional<LaunchedIds> launched_ids() const { return std::nullopt; }
+  // Starts to bring these to host memory, to a place of their own: the pass may run again meanwhile.
+  virtual std::shared_ptr<SentIds> send_ids() { return nullptr; }
+  // The same with all outputs but logits; who runs other passes before reading calls it.
+  virtual void send() {}
+  // These wait for the last run. `row`: a wanted one.
+  virtual const PassOutputs& outputs() = 0;
+  virtual const float* logits(int row) = 0;  // [vocab]
+  virtual float logit(int row, std::int64_t token) = 0;
+  // The exit layer's state that it wrote, where the feeds want that in host memory; else null.
+  virtual const std::byte* hidden() = 0;
 };
 
 // One graph, loaded on one device.
@@ -60,6 +76,8 @@ class Segment {
   virtual ~Segment() = default;
   // The widths that it takes, ascending; empty if any.
   virtual const std::vector<int>& widths() const = 0;
+  // Whether its passes are only launched, in order.
+  virtual bool launches() const { return false; }
   // Binds `feeds` (which must outlive the pass), `rows` wanted rows, and a cache of the same device.
   virtual std::unique_ptr<BoundPass> bind(PassFeeds& feeds, int rows, const std::shared_ptr<KVCache>& cache) = 0;
   // A zeroed cache for its layers.
@@ -83,6 +101,8 @@ class Device {
   // The cache form of the graphs that it takes.
   virtual Form form() const = 0;
   virtual FreeMemory free_memory() const { return host_memory_left(); }
+  // Passes that were recorded and are replayed, so far.
+  virtual int recorded_passes() const { return 0; }
   // `capacity`: slots of its cache. `shapes`: the passes it will be asked for; a device that compiles
   // ahead compiles these, and those of `later` when they are first asked for. `threads`: CPU threads it may use.
   virtual std::unique_ptr<Segment> load_segment(const std::filesystem::path& folder, const SegmentFacts& facts,
@@ -93,8 +113,12 @@ class Device {
   bool on_cpu() const { return name() == "cpu" || name().rfind("openvino:CPU", 0) == 0; }
 };
 
+// Whom a device is for. A draft that shares its target's GPU goes first there: its small kernels find their way
+// between those of a target that fills it.
+enum class Role { target, draft };
+
 // A device by the name that a user writes. Throws Error(device): no such name, or not there.
-std::shared_ptr<Device> open_device(const std::string& name);
+std::shared_ptr<Device> open_device(const std::string& name, Role role = Role::target);
 
 // Makes a plugin's execution providers known to ONNX Runtime, once per process and name.
 // Throws Error(device) if the library can't be loaded.

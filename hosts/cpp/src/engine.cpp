@@ -1,6 +1,7 @@
 #include "engine.hpp"
 
 #include <algorithm>
+#include <set>
 
 #include "error.hpp"
 
@@ -35,6 +36,7 @@ Engine::Engine(const std::filesystem::path& folder, Manifest read, const EngineO
     : manifest(std::move(read)),
       plan(make_plan(manifest, options, shares_cpu(places))),
       folder_(folder),
+      places_(places),
       target_(load_target(folder, manifest, plan, places)),
       sequence_(plan.max_length) {
   if (plan.mode != Mode::plain)
@@ -51,6 +53,13 @@ const Tokenizer& Engine::tokenizer() {
   const std::lock_guard<std::mutex> lock(tokenizer_mutex_);
   if (!tokenizer_) tokenizer_ = std::make_unique<Tokenizer>(folder_);
   return *tokenizer_;
+}
+
+int Engine::recorded_passes() const {
+  int total = 0;
+  for (const Device* device : std::set<const Device*>{places_.target.get(), places_.suffix.get(), places_.draft.get()})
+    total += device->recorded_passes();
+  return total;
 }
 
 void Engine::check_prompt(const Tokens& prompt) const {

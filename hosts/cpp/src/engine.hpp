@@ -45,6 +45,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Stops the answer being made, from any thread, after its current round; no-op when idle.
   void cancel() { cancelled_ = true; }
 
+  // Passes of its devices that were recorded and are replayed, so far.
+  int recorded_passes() const;
+
   // Messages as prompt text. Throws Error(request) for what the bundle's chat format doesn't cover.
   std::string render_chat(const std::vector<Message>& messages) const {
     return mirror::render_chat(manifest.chat, messages, local_day());
@@ -63,6 +66,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void check_prompt(const Tokens& prompt) const;
 
   std::filesystem::path folder_;
+  Placement places_;
   std::unique_ptr<Target> target_;
   std::unique_ptr<DraftSeat> seat_;
   Sequence sequence_;

@@ -36,8 +36,7 @@ void PassFeeds::want_rows(int first, int count) {
 void PassFeeds::fill_cursor(int past) {
   past_length = past;
   seqlens_k = past + width - 1;
-  // Masks over branches cover every slot, in every pass. The target has none.
-  total_sequence_length = slot_branch->empty() ? past + width : static_cast<std::int32_t>(slot_branch->size());
+  total_sequence_length = past + width;
 }
 
 int fit_width(const std::vector<int>& widths, int rows) {

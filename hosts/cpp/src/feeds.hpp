@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,19 @@ struct BranchRow {
   std::int32_t visible;  // trunk slots that it sees
   std::int32_t branch;   // trunk_row for none
   int start;             // the position of its branch's first token, -1 for a row of the trunk
+};
+
+// What a pass that was launched on a device's stream gives: an address there, int64 [rows].
+struct LaunchedIds {
+  const void* stream;
+  const void* address;
+};
+
+// Ids that the host doesn't know: ids g * stride .. g * stride + count - 1 of the next pass are the next `count` that
+// an earlier one gives, from `first` on, for each group g.
+struct FollowOn {
+  LaunchedIds given;
+  int first, groups, count, stride;
 };
 
 using SlotBranches = std::shared_ptr<std::vector<std::int32_t>>;
@@ -59,6 +73,8 @@ class PassFeeds {
   std::vector<float> feature_rows;
   std::vector<std::byte> features;  // [1, width, hidden of the target]; sized by who fills it
   SlotBranches slot_branch;
+  // Ids of the next pass that its device takes from an earlier one's; only for a segment of the same stream, and once.
+  std::optional<FollowOn> follow;
   // The exit layer's state: made by the session that writes it, bound by those that read it.
   std::any hidden_states;
   // Whether it must be in host memory, since writer and readers are on different devices.

@@ -89,8 +89,8 @@ void Generation::wait_reading() {
 
 // Runs the prompt and commits its first answer token; nothing if cancelled on the way.
 Tokens Generation::prefill() {
-  const float* logits = nullptr;
-  while (logits == nullptr && goes_on()) {
+  std::optional<RowLogits> logits;
+  while (!logits && goes_on()) {
     const auto span = log_.span(SpanName::prefill);
     const Token* waiting = sequence_.tokens().data() + sequence_.cached;
     const auto done =
@@ -101,7 +101,10 @@ Tokens Generation::prefill() {
     ++prefill_passes;
   }
   log_.take();
-  return logits == nullptr ? Tokens{} : commit({choose(logits, sequence_.length())});
+  if (!logits) return {};
+  const Token token = choose(*logits, 0, sequence_.length());
+  check(*logits, 0, token);
+  return commit({token});
 }
 
 // How many tokens may still be committed.
@@ -158,14 +161,13 @@ std::optional<Generation::Overlap> Generation::start_rollout(const Tokens& windo
 // Runs the target over the window and compares.
 Outcome Generation::verify_window(const Tokens& window, const std::optional<Overlap>& overlap) {
   try {
-    const float* logits = run_target(window, overlap);
+    const RowLogits logits = run_target(window, overlap);
     const std::int64_t position = sequence_.length();
     Outcome outcome;
     {
       const auto span = log_.span(SpanName::verify);
-      outcome = verify(window, [&](int row) {
-        return choose(logits + static_cast<std::ptrdiff_t>(row) * target_.vocab_size(), position + row);
-      });
+      outcome = verify(window, [&](int row) { return choose(logits, row, position + row); });
+      check(logits, outcome.accepted, outcome.next);
     }
     if (overlap) overlap->meeting->decide(outcome);
     return outcome;
@@ -175,26 +177,40 @@ Outcome Generation::verify_window(const Tokens& window, const std::optional<Over
   }
 }
 
-// The window's logits, [width, vocab]; offers the exit's candidates on the way.
-const float* Generation::run_target(const Tokens& window, const std::optional<Overlap>& overlap) {
+// The window's logits, at the pass's end; offers the exit's states and candidates on the way.
+RowLogits Generation::run_target(const Tokens& window, const std::optional<Overlap>& overlap) {
   const int start = sequence_.length() - 1;
+  const bool offers = overlap && shape_.wants_exit;
+  // What is only launched is launched at once, so that the device never waits for this thread.
+  const bool ahead = target_.launches();
   {
     const auto span = log_.span(SpanName::prefix);
     target_.run_prefix(window.data(), static_cast<int>(window.size()), start);
+    if (ahead && offers) target_.run_exit_head();
+    if (ahead) target_.run_suffix();
   }
   if (note_states(start) && overlap) overlap->meeting->state(unseen_.back().second);
-  if (overlap && shape_.wants_exit) {
+  if (offers) {
     const auto span = log_.span(SpanName::exit_head);
-    overlap->meeting->offer(target_.run_exit_head());
+    if (!ahead) target_.run_exit_head();
+    overlap->meeting->offer(target_.exit_candidates());
   }
   const auto span = log_.span(SpanName::suffix);
-  return target_.run_suffix();
+  if (!ahead) target_.run_suffix();
+  return target_.logits();
 }
 
-Token Generation::choose(const float* logits, std::int64_t position) {
-  const Token token = sampler_.choose(logits, position);
+Token Generation::choose(const RowLogits& logits, int row, std::int64_t position) {
+  const auto likeliest = sampler_.takes_likeliest() ? logits.likeliest(row) : std::nullopt;
+  const Token token = likeliest ? *likeliest : sampler_.choose(logits.row(row), position);
   sampler_.see(token);
   return token;
+}
+
+// Refuses a token that a graph chose among what is no number. Asked for the row that decides: rows before it agreed
+// with the draft's tokens, as such rows would not.
+void Generation::check(const RowLogits& logits, int row, Token chosen) const {
+  if (sampler_.takes_likeliest()) Sampler::check_likeliest(logits.at(row, chosen));
 }
 
 // Appends the tokens that count and notes whether they end the answer.

@@ -60,8 +60,9 @@ class Generation {
   Tokens redraft(int count);
   std::optional<Overlap> start_rollout(const Tokens& window);
   Outcome verify_window(const Tokens& window, const std::optional<Overlap>& overlap);
-  const float* run_target(const Tokens& window, const std::optional<Overlap>& overlap);
-  Token choose(const float* logits, std::int64_t position);
+  RowLogits run_target(const Tokens& window, const std::optional<Overlap>& overlap);
+  Token choose(const RowLogits& logits, int row, std::int64_t position);
+  void check(const RowLogits& logits, int row, Token chosen) const;
   Tokens commit(Tokens tokens);
   std::optional<Rollout> collect(const std::optional<Overlap>& overlap, const Outcome& outcome);
   void note(Mode mode, const Tokens& window, const Outcome& outcome, std::size_t committed,

@@ -35,17 +35,19 @@ void ModelDraft::read(const Tokens& tokens) {
 Proposal ModelDraft::propose(const Tokens& tokens, int count, const Noise& noise) {
   // A context read ahead of time would have no logits left; its last row is run again.
   know(static_cast<int>(tokens.size()) - 1);
-  Tokens line = tokens;
+  Tokens line;
   {
     const auto span = log_.span(SpanName::propose);
-    for (const BranchPass& item : branch_passes(shape_.tokens_per_pass, count)) {
-      const Tokens next = advance(line, item.gives, noise);
-      line.insert(line.end(), next.begin(), next.end());
+    std::vector<Given> passes;
+    for (const BranchPass& item : branch_passes(shape_.tokens_per_pass, count))
+      passes.push_back(passes.empty() ? advance(tokens, item.gives, noise) : go_on(passes.back(), item.gives, noise));
+    for (const Given& pass : passes) {
+      const Token* next = pass.wait();
+      line.insert(line.end(), next, next + pass.gives);
     }
   }
-  const auto first = line.begin() + static_cast<std::ptrdiff_t>(tokens.size());
-  const auto end = std::find_if_not(first, line.end(), [this](Token token) { return known(token); });
-  return {Tokens(first, end), log_.take()};
+  line.erase(std::find_if_not(line.begin(), line.end(), [this](Token token) { return known(token); }), line.end());
+  return {std::move(line), log_.take()};
 }
 
 Rollout ModelDraft::roll_out(const Tokens& tokens, const Tokens& window, int depth, Meeting& meeting,
@@ -109,22 +111,31 @@ std::vector<Branch> ModelDraft::branches(const Tokens& window, Candidates own, M
 }
 
 // Runs the tokens not read yet; returns the `gives` likeliest tokens after them.
-Tokens ModelDraft::advance(const Tokens& tokens, int gives, const Noise& noise) {
+ModelDraft::Given ModelDraft::advance(const Tokens& tokens, int gives, const Noise& noise) {
   const std::vector<int>& widths = branch_->widths();
   for (;;) {
     const int waiting = static_cast<int>(tokens.size()) - filled_;
     const Token* next = tokens.data() + filled_;
     const int rows = std::min(waiting, shape_.prefill_chunk) + gives - 1;
     const Chunk chunk = chunk_width(widths, rows, shape_.capacity - filled_);
-    if (waiting == 1) return step(next, 1, gives, fit_width(widths, rows), noise);
-    if (chunk.rows == waiting + gives - 1) return step(next, waiting, gives, chunk.width, noise);
+    if (waiting == 1) return step(next, 1, {}, gives, fit_width(widths, rows), noise);
+    if (chunk.rows == waiting + gives - 1) return step(next, waiting, {}, gives, chunk.width, noise);
     // Never the last one: the streams follow it in its own pass.
-    step(next, std::min(chunk.rows, waiting - 1), 1, chunk.width, std::nullopt);
+    step(next, std::min(chunk.rows, waiting - 1), {}, 1, chunk.width, std::nullopt);
   }
 }
 
-// Runs one pass of the trunk's next tokens; returns the `gives` likeliest after the last one.
-Tokens ModelDraft::step(const Token* tokens, int count, int gives, int width, const Noise& noise) {
+// Runs what the last pass gave; returns the `gives` likeliest tokens after that.
+ModelDraft::Given ModelDraft::go_on(const Given& last, int gives, const Noise& noise) {
+  const Tokens unknown(static_cast<std::size_t>(last.gives));
+  const Token* tokens = last.launched ? unknown.data() : last.tokens.data();
+  return step(tokens, last.gives, last.launched, gives, fit_width(branch_->widths(), last.gives + gives - 1), noise);
+}
+
+// Runs one pass of the trunk's next tokens, which may be on the device alone; returns the `gives` likeliest after the
+// last one.
+ModelDraft::Given ModelDraft::step(const Token* tokens, int count, const std::optional<LaunchedIds>& launched,
+                                   int gives, int width, const Noise& noise) {
   const int past = filled_, rows = count + gives - 1;
   std::vector<BranchRow> all;
   for (int row = 0; row < rows; ++row) {
@@ -137,10 +148,12 @@ Tokens ModelDraft::step(const Token* tokens, int count, int gives, int width, co
   Pass& pass = pass_at(width);
   pass.feeds.fill_rows(all, past);
   pass.feeds.want_rows(count - 1, gives);
-  Tokens chosen = choose(pass, all, gives, past, noise);
+  if (launched) pass.feeds.follow = FollowOn{*launched, 0, 1, count, rows};
+  Given given = give(pass, all, gives, past, noise);
+  given.gives = gives;
   std::fill(streams, streams + (gives - 1), no_branch);
   filled_ += count;
-  return chosen;
+  return given;
 }
 
 // Runs the window; returns the draft's candidates for each of its rows.
@@ -157,6 +170,15 @@ Candidates ModelDraft::run_trunk(const Tokens& window) {
   return found;
 }
 
+// Leaves one of the branches, of which `count` tokens each are to be read.
+void ModelDraft::Alive::keep_only(std::size_t place, int count) {
+  rows = {rows[place]};
+  if (given)
+    first += static_cast<int>(place) * count;
+  else
+    tokens = {tokens[place]};
+}
+
 // Continues every branch; once the outcome is known, only the one that it takes.
 void ModelDraft::continue_all(Rollout& rollout, int base, int depth, Meeting& meeting, const Noise& noise) {
   Alive alive;
@@ -164,6 +186,7 @@ void ModelDraft::continue_all(Rollout& rollout, int base, int depth, Meeting& me
     alive.rows.push_back(static_cast<int>(row));
     alive.tokens.push_back({rollout.branches[row].next});
   }
+  std::vector<Given> passes;
   const int first_slot = filled_;
   int slot = filled_, read = 0;
   for (const BranchPass& item : branch_passes(shape_.tokens_per_pass, depth)) {
@@ -172,26 +195,40 @@ void ModelDraft::continue_all(Rollout& rollout, int base, int depth, Meeting& me
       const int taken = find_branch(rollout.branches, *outcome);
       const auto place = std::find(alive.rows.begin(), alive.rows.end(), taken);
       if (place == alive.rows.end()) break;
-      alive.tokens = {alive.tokens[static_cast<std::size_t>(place - alive.rows.begin())]};
-      alive.rows = {taken};
+      alive.keep_only(static_cast<std::size_t>(place - alive.rows.begin()), item.real);
     }
     if (alive.rows.empty()) break;
-    const Tokens given = branch_pass(item, alive, rollout.branches, base, read, slot, noise);
-    for (std::size_t index = 0; index < alive.rows.size(); ++index) {
-      const auto first = given.begin() + static_cast<std::ptrdiff_t>(index) * item.gives;
-      alive.tokens[index].assign(first, first + item.gives);
-      Tokens& line = rollout.continuations[static_cast<std::size_t>(alive.rows[index])];
-      line.insert(line.end(), first, first + item.gives);
-    }
+    passes.push_back(branch_pass(item, alive, rollout.branches, base, read, slot, noise));
+    hand_on(passes.back(), alive);
     read += item.real;
   }
   std::fill(slots_->begin() + first_slot, slots_->begin() + slot, no_branch);
+  // Where passes are only launched, this is the first wait since the branches were chosen.
+  for (const Given& pass : passes) {
+    const Token* next = pass.wait();
+    for (const int row : pass.rows) {
+      Tokens& line = rollout.continuations[static_cast<std::size_t>(row)];
+      line.insert(line.end(), next, next + pass.gives);
+      next += pass.gives;
+    }
+  }
+}
+
+// What a pass gave is what the next one reads.
+void ModelDraft::hand_on(const Given& pass, Alive& alive) {
+  alive.given = pass.launched;
+  alive.first = 0;
+  alive.tokens.clear();
+  if (alive.given) return;
+  for (auto next = pass.tokens.begin(); next != pass.tokens.end(); next += pass.gives)
+    alive.tokens.emplace_back(next, next + pass.gives);
 }
 
 // Runs one pass over some branches, each one's rows side by side; moves `slot` to the next free one.
-// Returns [branches, item.gives]. `read`: tokens of each branch that earlier passes read.
-Tokens ModelDraft::branch_pass(const BranchPass& item, const Alive& alive, const std::vector<Branch>& branches,
-                               int base, int read, int& slot, const Noise& noise) {
+// `read`: tokens of each branch that earlier passes read.
+ModelDraft::Given ModelDraft::branch_pass(const BranchPass& item, const Alive& alive,
+                                          const std::vector<Branch>& branches, int base, int read, int& slot,
+                                          const Noise& noise) {
   const int count = static_cast<int>(alive.rows.size()) * item.rows();
   Pass& pass = pass_at(fit_width(branch_->widths(), count));
   std::vector<BranchRow> rows;
@@ -203,8 +240,9 @@ Tokens ModelDraft::branch_pass(const BranchPass& item, const Alive& alive, const
     const int start = base + 1 + branches[static_cast<std::size_t>(owner)].accepted;
     for (int row = 0; row < item.rows(); ++row) {
       const bool stream = row >= item.real;
-      const Token token = stream ? shape_.vocab_size + (row - item.real)
-                                 : embeddable(alive.tokens[index][static_cast<std::size_t>(row)]);
+      const Token token = stream        ? shape_.vocab_size + (row - item.real)
+                          : alive.given ? 0
+                                        : embeddable(alive.tokens[index][static_cast<std::size_t>(row)]);
       const std::size_t at = static_cast<std::size_t>(slot) + rows.size();
       (*slots_)[at] = owner;
       if (stream) stream_slots.push_back(at);
@@ -215,17 +253,31 @@ Tokens ModelDraft::branch_pass(const BranchPass& item, const Alive& alive, const
   std::fill(pass.feeds.logit_rows.begin() + static_cast<std::ptrdiff_t>(wanted), pass.feeds.logit_rows.end(),
             pass.feeds.logit_rows[wanted - 1]);
   pass.feeds.fill_rows(rows, slot);
-  Tokens chosen = choose(pass, rows, static_cast<int>(wanted), slot, noise);
+  if (alive.given)
+    pass.feeds.follow =
+        FollowOn{*alive.given, alive.first, static_cast<int>(alive.rows.size()), item.real, item.rows()};
+  Given given = give(pass, rows, static_cast<int>(wanted), slot, noise);
+  given.rows = alive.rows;
+  given.gives = item.gives;
   for (const std::size_t at : stream_slots) (*slots_)[at] = no_branch;  // seen by its own pass alone
   slot += pass.feeds.width;
-  return chosen;
+  return given;
+}
+
+// As choose; where passes are only launched, without waiting for what this one gives.
+ModelDraft::Given ModelDraft::give(Pass& pass, const std::vector<BranchRow>& rows, int wanted, int past,
+                                   const Noise& noise) {
+  if (noise || !branch_->launches()) return {{}, 0, choose(pass, rows, wanted, past, noise), nullptr, {}};
+  feed_states(pass.feeds, rows.size(), &rows);
+  BoundPass& ran = run(pass, false, wanted, past);
+  return {{}, 0, {}, ran.send_ids(), ran.launched_ids()};
 }
 
 // Runs a pass whose wanted rows are noted in its feeds; returns the token that each of them proposes.
 Tokens ModelDraft::choose(Pass& pass, const std::vector<BranchRow>& rows, int wanted, int past, const Noise& noise) {
   feed_states(pass.feeds, rows.size(), &rows);
   if (!noise) {
-    const PassOutputs& out = run(pass, false, wanted, past);
+    const PassOutputs& out = run(pass, false, wanted, past).outputs();
     return Tokens(out.token_ids, out.token_ids + wanted);
   }
   Places after;
@@ -240,7 +292,7 @@ Tokens ModelDraft::choose(Pass& pass, const std::vector<BranchRow>& rows, int wa
 }
 
 Candidates ModelDraft::candidates(Pass& pass, int wanted, int past) {
-  const PassOutputs& out = run(pass, true, wanted, past);
+  const PassOutputs& out = run(pass, true, wanted, past).outputs();
   const int count = wanted * out.top;
   Candidates found{Tokens(out.candidate_ids, out.candidate_ids + count),
                    std::vector<float>(out.candidate_logprobs, out.candidate_logprobs + count), out.top};
@@ -250,12 +302,12 @@ Candidates ModelDraft::candidates(Pass& pass, int wanted, int past) {
   return found;
 }
 
-const PassOutputs& ModelDraft::run(Pass& pass, bool with_candidates, int wanted, int past) {
+BoundPass& ModelDraft::run(Pass& pass, bool with_candidates, int wanted, int past) {
   Segment& segment = with_candidates ? *trunk_ : *branch_;
   auto& bound = (with_candidates ? pass.trunk : pass.branch)[wanted];
   if (!bound) bound = segment.bind(pass.feeds, wanted, cache_);
   bound->run(past);
-  return bound->outputs();
+  return *bound;
 }
 
 // Gives each row the exit layer's state of the position before it, where the target has seen that token.

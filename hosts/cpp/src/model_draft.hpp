@@ -50,24 +50,43 @@ class ModelDraft final : public Draft {
     std::map<int, std::unique_ptr<BoundPass>> trunk, branch;  // by wanted rows
   };
 
-  // The branches that a rollout still continues.
+  // The branches that a rollout still continues, and what the next pass reads of each.
   struct Alive {
     std::vector<int> rows;
-    std::vector<Tokens> tokens;  // per row, what the next pass reads
+    std::vector<Tokens> tokens;        // per row; empty while they are on the device alone
+    std::optional<LaunchedIds> given;  // where they are then, from `first` on, row after row
+    int first = 0;
+
+    void keep_only(std::size_t place, int count);
+  };
+
+  // What a pass gave each of some branches, [branches, gives]; on its way where passes are only launched.
+  struct Given {
+    std::vector<int> rows;
+    int gives;
+    Tokens tokens;
+    std::shared_ptr<SentIds> sent;
+    std::optional<LaunchedIds> launched;
+
+    const Token* wait() const { return sent ? sent->wait() : tokens.data(); }
   };
 
   void know(int count);
   void wait_states(int base, Meeting& meeting);
   std::vector<Branch> branches(const Tokens& window, Candidates own, Meeting& meeting, const Noise& noise);
-  Tokens advance(const Tokens& tokens, int gives, const Noise& noise);
-  Tokens step(const Token* tokens, int count, int gives, int width, const Noise& noise);
+  Given advance(const Tokens& tokens, int gives, const Noise& noise);
+  Given go_on(const Given& last, int gives, const Noise& noise);
+  Given step(const Token* tokens, int count, const std::optional<LaunchedIds>& launched, int gives, int width,
+             const Noise& noise);
   Candidates run_trunk(const Tokens& window);
   void continue_all(Rollout& rollout, int base, int depth, Meeting& meeting, const Noise& noise);
-  Tokens branch_pass(const BranchPass& item, const Alive& alive, const std::vector<Branch>& branches, int base,
-                     int read, int& slot, const Noise& noise);
+  Given branch_pass(const BranchPass& item, const Alive& alive, const std::vector<Branch>& branches, int base, int read,
+                    int& slot, const Noise& noise);
+  static void hand_on(const Given& pass, Alive& alive);
+  Given give(Pass& pass, const std::vector<BranchRow>& rows, int wanted, int past, const Noise& noise);
   Tokens choose(Pass& pass, const std::vector<BranchRow>& rows, int wanted, int past, const Noise& noise);
   Candidates candidates(Pass& pass, int wanted, int past);
-  const PassOutputs& run(Pass& pass, bool with_candidates, int wanted, int past);
+  BoundPass& run(Pass& pass, bool with_candidates, int wanted, int past);
   void feed_states(PassFeeds& feeds, std::size_t rows, const std::vector<BranchRow>* branch_rows) const;
   Pass& pass_at(int width);
   Token embeddable(Token token) const;

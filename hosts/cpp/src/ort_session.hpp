@@ -1,48 +1,17 @@
-// Segments and caches on ONNX Runtime, for any execution provider. Knows memory and bindings.
+// Segments on ONNX Runtime, for any execution provider.
 #pragma once
 
 #include <onnxruntime_cxx_api.h>
 
 #include <functional>
 #include <map>
-#include <set>
 
-#include "device.hpp"
+#include "provider.hpp"
 
 namespace mirror {
 
 // The one environment of the process, its usage reports turned off.
 Ort::Env& ort_environment();
-
-// One execution provider, as sessions need to know it.
-struct Provider {
-  std::string name;            // as ONNX Runtime calls it
-  std::string device = "cpu";  // as users call it
-  Form form = Form::inplace;
-  std::string memory;  // ONNX Runtime's name of its memory; empty for host memory
-  int index = 0;
-  // Whether a session is compiled for each pass shape; else one session takes them all.
-  bool compiles = false;
-  // Whether its sessions read and write buffers that are bound once, as ONNX Runtime's own providers do.
-  // Else they are given their inputs anew at every pass, and what they return is copied.
-  bool binds = true;
-  // Catalogue inputs by which its kernels choose themselves, in host memory. They get the cache's capacity:
-  // another number in the next pass could mean another kernel, and its plan.
-  std::set<std::string> sized_inputs;
-  std::function<void(void*, std::size_t)> zero;                  // clears its memory
-  std::function<std::optional<std::uint64_t>()> free_bytes;      // what is left of it
-
-  bool on_host() const { return memory.empty(); }
-};
-
-// A fixed tensor. `host` is its memory where that is the host's, else null.
-struct Buffer {
-  Ort::Value value{nullptr};
-  std::shared_ptr<void> owner;
-  std::byte* host = nullptr;
-  std::vector<std::int64_t> shape;
-  DType dtype = DType::float32;
-};
 
 // Options that every session has.
 Ort::SessionOptions session_options(int threads);
@@ -53,12 +22,13 @@ using OpenSession = std::function<Ort::Session(const Graph&, PassShape)>;
 // A graph as one session, or as one per compiled shape.
 class OrtSegment final : public Segment {
  public:
-  // `widths`: those that it takes; empty if any. A provider that compiles gets a session for each of
-  // `shapes` at once, and for others when first asked for.
+  // A provider that compiles gets a session for each of `shapes` at once, and for those of `later` when they are
+  // first asked for, maybe by another thread and after its device has gone: `open` must own what it needs.
   OrtSegment(const SegmentFacts& facts, const Graph& graph, Provider provider, int capacity, OpenSession open,
-             std::vector<int> widths, const std::vector<PassShape>& shapes);
+             const std::vector<PassShape>& shapes, const std::vector<PassShape>& later);
 
   const std::vector<int>& widths() const override { return widths_; }
+  bool launches() const override { return provider_.stream != nullptr; }
   std::unique_ptr<BoundPass> bind(PassFeeds& feeds, int rows, const std::shared_ptr<KVCache>& cache) override;
   std::shared_ptr<KVCache> make_cache() override;
 

@@ -82,6 +82,18 @@ void split_threads(Plan& plan, int total, bool shared) {
   plan.target_threads = total - plan.draft_threads;
 }
 
+// Slots past max_length that a draft's graphs have room for, as the export makes them.
+constexpr int rollout_slots = 4096;
+
+void check_rollout(const Plan& plan) {
+  const int rows = rollout_capacity(0, plan.gamma, plan.branches(), plan.tokens_per_pass);
+  if (rows <= rollout_slots) return;
+  throw Error(ErrorKind::request, "a rollout of " + std::to_string(plan.branches()) + " branches by " +
+                                      std::to_string(plan.gamma) + " tokens takes " + std::to_string(rows) +
+                                      " rows, and a draft's graphs have room for " + std::to_string(rollout_slots) +
+                                      "; lower the fan-out or gamma, or give more tokens per pass");
+}
+
 const Graph& any_graph(const SegmentFacts& facts) { return facts.graphs.begin()->second; }
 
 // The bytes of one row [hidden] of a tensor [1, width, hidden].
@@ -161,6 +173,7 @@ Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shar
   plan.draft_timeout_s = options.draft_timeout_s;
   plan.max_ngram_size = options.max_ngram_size;
   split_threads(plan, options.threads.value_or(physical_cores()), shared_cpu);
+  if (plan.mode != Mode::plain && manifest.draft->kind == "model") check_rollout(plan);
   return plan;
 }
 
@@ -174,7 +187,7 @@ Placement open_devices(const Manifest& manifest, const EngineOptions& options) {
   Placement places;
   places.target = open_device(target);
   places.suffix = suffix && *suffix != target ? open_device(*suffix) : places.target;
-  places.draft = open_device(options.draft_device.value_or(settings.draft_device.value_or("cpu")));
+  places.draft = open_device(options.draft_device.value_or(settings.draft_device.value_or("cpu")), Role::draft);
   return places;
 }
 
@@ -232,9 +245,8 @@ std::unique_ptr<Target> load_target(const std::filesystem::path& folder, const M
   const auto load = [&](Device& device, const SegmentFacts& facts) {
     return device.load_segment(folder, facts, capacity, shapes, {}, plan.target_threads);
   };
-  TargetSegments segments{
-      load(*places.target, prefix), load(*places.target, head), load(*places.suffix, suffix),
-      places.target->name() != places.suffix->name() || round_shape(manifest, plan, {}).wants_states};
+  TargetSegments segments{load(*places.target, prefix), load(*places.target, head), load(*places.suffix, suffix),
+                          places.target != places.suffix || round_shape(manifest, plan, {}).wants_states};
   TargetShape shape{capacity,
                     manifest.model.max_positions,
                     manifest.model.vocab_size,

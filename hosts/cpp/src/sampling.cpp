@@ -107,6 +107,8 @@ Token Sampler::choose(const float* logits, std::int64_t position) {
   return draw(position);
 }
 
+void Sampler::check_likeliest(float logit) { check_finite(logit); }
+
 Token Sampler::choose_greedy(const float* logits) const {
   if (seen_.empty()) {
     const int token = argmax(logits, vocab_size_);

@@ -29,6 +29,11 @@ class Sampler {
   // The token for an absolute position, from its logits [vocab]. Throws Error(device) if no logit is finite.
   Token choose(const float* logits, std::int64_t position);
 
+  // Whether it takes each row's likeliest token as it is, and so needs none of the logits but that token's.
+  bool takes_likeliest() const { return params_.temperature == 0.0 && seen_.empty(); }
+  // Throws Error(device) if a likeliest token's logit is not finite.
+  static void check_likeliest(float logit);
+
   // Notes that the context now holds a token; call it for each token before choosing a later one.
   void see(Token token) {
     if (!seen_.empty()) seen_[static_cast<std::size_t>(token)] = 1;

@@ -26,25 +26,35 @@ void Target::run_prefix(const Token* tokens, int count, int past) {
   open(tokens, count, past, fit_width(widths_, shape_.pinned_width.value_or(count)));
 }
 
-Candidates Target::run_exit_head() {
+void Target::run_exit_head() {
   if (!pass_->exit_head) pass_->exit_head = segments_.exit_head->bind(pass_->feeds, pass_->feeds.width, nullptr);
   pass_->exit_head->run(past_);
+  pass_->exit_head->send();  // before the suffix, which must not come between
+}
+
+Candidates Target::exit_candidates() {
   const PassOutputs& out = pass_->exit_head->outputs();
   const auto count = static_cast<std::size_t>(rows_ * out.top);
   return {Tokens(out.candidate_ids, out.candidate_ids + count),
           std::vector<float>(out.candidate_logprobs, out.candidate_logprobs + count), out.top};
 }
 
-const float* Target::run_suffix() {
+void Target::run_suffix() {
   // Pinned: the LM head too must run on the same number of rows in every pass.
-  return suffix(0, shape_.pinned_width ? pass_->feeds.width : rows_);
+  suffix(0, shape_.pinned_width ? pass_->feeds.width : rows_);
+}
+
+RowLogits Target::logits() {
+  suffix_->outputs();  // whoever reads rows finds the pass at its end
+  return RowLogits(*suffix_, shape_.vocab_size);
 }
 
 Target::Prefilled Target::prefill(const Token* tokens, int count, int past, int chunk) {
   const Chunk next = chunk_width(widths_, std::min(chunk, count), shape_.capacity - past);
   open(tokens, next.rows, past, next.width);
-  const float* logits = suffix(next.rows - 1, 1);
-  return {next.rows, next.rows == count ? logits : nullptr};
+  suffix(next.rows - 1, 1);
+  if (next.rows < count) return {next.rows, std::nullopt};
+  return {next.rows, logits()};
 }
 
 void Target::open(const Token* tokens, int count, int past, int width) {
@@ -60,12 +70,12 @@ void Target::open(const Token* tokens, int count, int past, int width) {
   pass_->prefix->run(past);
 }
 
-const float* Target::suffix(int first, int rows) {
+void Target::suffix(int first, int rows) {
   auto& bound = pass_->suffix[rows];
   if (!bound) bound = segments_.suffix->bind(pass_->feeds, rows, suffix_cache_);
   pass_->feeds.want_rows(first, rows);
-  bound->run(past_);
-  return bound->outputs().logits;
+  suffix_ = bound.get();
+  suffix_->run(past_);
 }
 
 States Target::exit_states() const {

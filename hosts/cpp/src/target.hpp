@@ -23,6 +23,27 @@ struct TargetShape {
   std::size_t state_bytes;          // of one row of the exit layer's state
 };
 
+// What the target says after each wanted row of a pass, read from its device as far as someone asks. Valid until the
+// target's next pass.
+class RowLogits {
+ public:
+  RowLogits(BoundPass& pass, int vocab_size) : pass_(&pass), vocab_size_(vocab_size) {}
+  // [vocab]
+  const float* row(int index) const { return pass_->logits(index); }
+  float at(int index, Token token) const { return pass_->logit(index, token); }
+  // The row's likeliest token, the first of equals; nothing where the graph doesn't tell, or compared what is no
+  // number.
+  std::optional<Token> likeliest(int index) const {
+    const std::int64_t* ids = pass_->outputs().token_ids;
+    if (ids == nullptr || ids[index] < 0 || ids[index] >= vocab_size_) return std::nullopt;
+    return ids[index];
+  }
+
+ private:
+  BoundPass* pass_;
+  int vocab_size_;
+};
+
 // Runs passes over tokens; keeps no count of them (the sequence does).
 class Target {
  public:
@@ -31,16 +52,20 @@ class Target {
   // Runs the layers below the exit over a window; writes slots past... The pass stays open for the
   // exit head and the suffix until the next one.
   void run_prefix(const Token* tokens, int count, int past);
-  Candidates run_exit_head();
-  // Returns the logits of each row of the pass, [rows, vocab]; valid until the next pass.
-  const float* run_suffix();
-  int vocab_size() const { return shape_.vocab_size; }
-  // A copy of the open pass's exit states, its real rows alone. Host memory only.
+  void run_exit_head();
+  void run_suffix();
+  // Whether these only launch, so that one needs no other's end to follow it.
+  bool launches() const { return segments_.prefix->launches() && segments_.suffix->launches(); }
+
+  // What the open pass gave so far; these wait for it.
+  Candidates exit_candidates();
+  RowLogits logits();
+  // A copy of the exit states, the real rows alone, where the engine wants them.
   States exit_states() const;
 
   struct Prefilled {
     int rows;
-    const float* logits;  // of the last token if that was all, else null
+    std::optional<RowLogits> logits;  // of the last token, as row 0, if that was all
   };
   // Runs one chunk of a prompt, of at most `chunk` rows, after `past` slots.
   Prefilled prefill(const Token* tokens, int count, int past, int chunk);
@@ -55,7 +80,7 @@ class Target {
   };
 
   void open(const Token* tokens, int count, int past, int width);
-  const float* suffix(int first, int rows);
+  void suffix(int first, int rows);
 
   TargetSegments segments_;
   TargetShape shape_;
@@ -63,6 +88,7 @@ class Target {
   std::shared_ptr<KVCache> prefix_cache_, suffix_cache_;
   PassPool<Pass> pool_;
   Pass* pass_ = nullptr;
+  BoundPass* suffix_ = nullptr;
   int past_ = 0, rows_ = 0;
 };
 

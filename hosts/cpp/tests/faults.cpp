@@ -14,6 +14,8 @@
 #include "engine.hpp"
 #include "error.hpp"
 #include "hooked.hpp"
+#include "late_stream.hpp"
+#include "session_device.hpp"
 
 namespace {
 
@@ -246,6 +248,11 @@ void options_that_can_not_be_served() {
   refused("streams", ErrorKind::request, "the draft has 0 streams", [&] { open_engine("context", options); });
   refused("no draft", ErrorKind::request, "mode mirror needs a draft and this bundle has none",
           [&] { open_engine("alone", {}); });
+  options = {};
+  options.gamma = 60;
+  options.fanout = std::vector<int>(61, 2);
+  refused("rollout", ErrorKind::request, "takes 7381 rows, and a draft's graphs have room for 4096",
+          [&] { open_engine("context", options); });
   const auto plain = open_engine("context", in_mode(Mode::plain));
   GenerationOptions serial;
   serial.mode = Mode::serial;
@@ -329,30 +336,120 @@ void what_does_not_fit() {
   checks.check(!free || (*free > 1 << 20 && *free < std::uint64_t{1} << 50), "this machine tells its memory");
 }
 
-// Every form and both kinds of widths give the plain path, and a perfect draft stays perfect where
-// passes are padded, so no real row sees a padding row. So do sessions that bind nothing.
-void forms_and_widths(Form form, bool fixed, bool binds, bool compiles) {
-  const std::string name = to_string(form) + (fixed ? " fixed" : " free") + (binds ? "" : " unbound") +
-                           (compiles ? "" : " in one session");
-  const auto device = [&] {
-    auto made = std::make_shared<HookedDevice>(nullptr, form, fixed);
-    made->binds = binds;
-    made->compiles = compiles;
-    return made;
-  };
+// Sampled, with a penalty, so that whole rows of logits are needed.
+Tokens drawn(Engine& engine, const Tokens& tokens) {
+  GenerationOptions options = up_to(20);
+  options.sampling.temperature = 1.0;
+  options.sampling.repetition_penalty = 1.2;
+  options.sampling.seed = 11;
+  const auto answer = engine.answer(tokens, options);
+  while (answer->next()) {
+  }
+  return answer->tokens();
+}
+
+// The plain path of five bundles, in every mode on two devices that are made anew each time.
+template <typename MakeTarget, typename MakeDraft>
+void every_mode(const std::string& name, MakeTarget target, MakeDraft draft) {
   for (const std::string bundle : {"context", "wide", "perfect", "streams", "fed"})
     for (const Mode mode : {Mode::plain, Mode::serial, Mode::mirror}) {
       EngineOptions options = in_mode(mode);
       options.pinned = mode != Mode::serial;
       if (bundle == "streams") options.tokens_per_pass = std::vector<int>{3};
-      const auto expected = run(*open_engine(bundle, in_mode(Mode::plain)), {4, 5, 6, 7, 8, 9, 1})->tokens();
-      const auto answer = run(*open_engine(bundle, options, device(), device()), {4, 5, 6, 7, 8, 9, 1});
-      checks.equal(answer->tokens(), expected, name + " " + bundle + " " + to_string(mode));
+      const std::string what = name + " " + bundle + " " + to_string(mode);
+      const Tokens start = {4, 5, 6, 7, 8, 9, 1};
+      const auto plain = open_engine(bundle, in_mode(Mode::plain)),
+                 engine = open_engine(bundle, options, target(), draft());
+      const auto answer = run(*engine, start);
+      checks.equal(answer->tokens(), run(*plain, start)->tokens(), what);
       checks.check(answer->events().empty(),
-                   name + " " + bundle + (answer->events().empty() ? "" : ": " + answer->events()[0].message));
+                   what + (answer->events().empty() ? "" : ": " + answer->events()[0].message));
       if (bundle == "perfect" && mode != Mode::plain)
         checks.equal(answer->statistics().acceptance_rate.value_or(0), 1.0, name + " perfect draft");
+      checks.equal(drawn(*engine, start), drawn(*plain, start), what + " drawn");
     }
+}
+
+// Every form and both kinds of widths give the plain path, and a perfect draft stays perfect where
+// passes are padded, so no real row sees a padding row. So do sessions that bind nothing.
+void forms_and_widths(Form form, bool fixed, bool binds) {
+  const std::string name = to_string(form) + (fixed ? " fixed" : " free") + (binds ? "" : " unbound");
+  const auto device = [&] {
+    auto made = std::make_shared<HookedDevice>(nullptr, form, fixed);
+    made->binds = binds;
+    return made;
+  };
+  every_mode(name, device, device);
+}
+
+// Passes that are only launched, and read when someone waits for them, give the plain path too: recorded ones, those
+// that are fed from another device, and rows that are drawn from or asked for their likeliest token.
+void passes_that_are_launched() {
+  std::vector<std::shared_ptr<LateStream>> streams;
+  const auto launched = [&] {
+    auto made = std::make_shared<HookedDevice>(nullptr, Form::inplace, true);
+    streams.push_back(std::make_shared<LateStream>());
+    made->stream = streams.back();
+    return made;
+  };
+  const auto waited = [] { return std::make_shared<HookedDevice>(); };
+  every_mode("launched", launched, launched);
+  every_mode("launched target", launched, waited);
+  every_mode("launched draft", waited, launched);
+  int recorded = 0, replayed = 0, spreads = 0;
+  for (const auto& stream : streams) {
+    recorded += stream->recorded;
+    replayed += stream->replayed;
+    spreads += stream->spreads;
+    checks.check(!stream->spoilt, "what a pass was given stays until it has been copied");
+  }
+  checks.check(recorded > 50 && replayed > 3 * recorded, "passes are recorded once and replayed");
+  checks.check(spreads > 100, "a rollout's passes follow each other on the device");
+}
+
+// The suffix on another device than the prefix, either of them launched.
+void segments_apart(bool prefix_launched, bool suffix_launched) {
+  const std::string name =
+      std::string("apart") + (prefix_launched ? " launched" : "") + (suffix_launched ? " to launched" : "");
+  for (const std::string bundle : {"context", "fed"}) {
+    const fs::path folder = bundles / bundle;
+    Placement places;
+    const auto part = [](bool launched) {
+      auto made = std::make_shared<HookedDevice>();
+      if (launched) made->stream = std::make_shared<LateStream>();
+      return made;
+    };
+    places.target = part(prefix_launched);
+    places.suffix = part(suffix_launched);
+    places.draft = part(false);
+    const auto engine = std::make_shared<Engine>(folder, read_manifest(folder), EngineOptions{}, places);
+    checks.equal(run(*engine)->tokens(), run(*open_engine(bundle, in_mode(Mode::plain)))->tokens(),
+                 name + " " + bundle);
+  }
+}
+
+// A draft's thread opens a session for a shape that nobody had asked for before; its device has gone by then.
+void segment_that_outlives_its_device() {
+  const auto owned = std::make_shared<std::string>("configured");
+  std::unique_ptr<Segment> segment;
+  {
+    Provider provider;
+    provider.name = "CPUExecutionProvider";
+    provider.form = Form::rows;
+    provider.compiles = true;
+    provider.device = "a device with a name that is too long to be kept inside its object";
+    const auto device = std::make_shared<SessionDevice>(
+        provider, [owned](Ort::SessionOptions& options, int) { options.SetLogId(owned->c_str()); });
+    const Manifest manifest = read_manifest(bundles / "context");
+    segment = device->load_segment(bundles / "context", manifest.segment("draft"), 64, {{1, 1}}, {{2, 2}}, 1);
+  }
+  PassFeeds feeds(2, 64, std::make_shared<std::vector<std::int32_t>>(64, no_branch));
+  const Token tokens[] = {1, 2};
+  feeds.fill_causal(tokens, 2, 0);
+  feeds.want_rows(0, 2);
+  const auto pass = segment->bind(feeds, 2, segment->make_cache());
+  pass->run(0);
+  checks.check(pass->outputs().token_ids[1] >= 0, "a segment outlives its device");
 }
 
 // The suffix and the draft's rollout wait for each other inside their runs: a serial engine would stand still.
@@ -418,9 +515,12 @@ int main(int count, char** arguments) {
   checks.group("devices", devices_that_are_not_there);
   checks.group("bundles", bundles_that_are_broken);
   for (const Form form : {Form::inplace, Form::rows})
-    for (const bool fixed : {false, true}) checks.group("forms", [&] { forms_and_widths(form, fixed, true, true); });
-  checks.group("unbound", [] { forms_and_widths(Form::rows, true, false, true); });
-  checks.group("one session", [] { forms_and_widths(Form::inplace, true, true, false); });
+    for (const bool fixed : {false, true}) checks.group("forms", [&] { forms_and_widths(form, fixed, true); });
+  checks.group("unbound", [] { forms_and_widths(Form::rows, true, false); });
+  checks.group("launched", passes_that_are_launched);
+  for (const bool launched : {false, true})
+    for (const bool other : {false, true}) checks.group("apart", [&] { segments_apart(launched, other); });
+  checks.group("lifetimes", segment_that_outlives_its_device);
   checks.group("memory", what_does_not_fit);
   checks.group("overlap", really_overlaps);
   checks.group("reuse", reuses_the_cache);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <functional>
-#include <set>
 
 #include "ort_session.hpp"
 
@@ -19,8 +18,13 @@ class HookedPass final : public BoundPass {
     if (hook_) hook_(name_, feeds_);
     inner_->run(past_length);
   }
-  const PassOutputs& outputs() const override { return inner_->outputs(); }
-  const std::byte* hidden() const override { return inner_->hidden(); }
+  std::optional<LaunchedIds> launched_ids() const override { return inner_->launched_ids(); }
+  std::shared_ptr<SentIds> send_ids() override { return inner_->send_ids(); }
+  void send() override { inner_->send(); }
+  const PassOutputs& outputs() override { return inner_->outputs(); }
+  const float* logits(int row) override { return inner_->logits(row); }
+  float logit(int row, std::int64_t token) override { return inner_->logit(row, token); }
+  const std::byte* hidden() override { return inner_->hidden(); }
 
  private:
   std::string name_;
@@ -35,6 +39,7 @@ class HookedSegment final : public Segment {
       : name_(std::move(name)), inner_(std::move(inner)), hook_(std::move(hook)) {}
 
   const std::vector<int>& widths() const override { return inner_->widths(); }
+  bool launches() const override { return inner_->launches(); }
   std::unique_ptr<BoundPass> bind(PassFeeds& feeds, int rows, const std::shared_ptr<KVCache>& cache) override {
     return std::make_unique<HookedPass>(name_, inner_->bind(feeds, rows, cache), feeds, hook_);
   }
@@ -62,11 +67,10 @@ class HookedDevice final : public Device {
     provider.name = "CPUExecutionProvider";
     provider.form = form_;
     provider.binds = binds;
-    provider.compiles = fixed_widths_ && compiles;
-    if (!compiles) provider.sized_inputs = {"total_sequence_length"};
-    std::set<int> widths;
-    for (const auto* list : {&shapes, &later})
-      for (const PassShape& shape : *list) widths.insert(shape.width);
+    provider.fixed_widths = fixed_widths_;
+    provider.compiles = fixed_widths_ && !stream;
+    provider.stream = stream;
+    provider.sized_total = stream != nullptr;
     const bool compiled = provider.compiles;
     const auto open = [folder, threads, compiled, capacity](const Graph& graph, PassShape shape) {
       Ort::SessionOptions options = session_options(threads);
@@ -77,17 +81,17 @@ class HookedDevice final : public Device {
       }
       return Ort::Session(ort_environment(), (folder / graph.file).c_str(), options);
     };
-    auto inner = std::make_unique<OrtSegment>(
-        facts, graph_of(facts, form_, name_), provider, capacity, open,
-        fixed_widths_ ? std::vector<int>(widths.begin(), widths.end()) : std::vector<int>{}, shapes);
+    auto inner =
+        std::make_unique<OrtSegment>(facts, graph_of(facts, form_, name_), provider, capacity, open, shapes, later);
     return std::make_unique<HookedSegment>(facts.name, std::move(inner), hook_);
   }
+  int recorded_passes() const override { return stream ? stream->recorded.load() : 0; }
 
   std::optional<std::uint64_t> free_bytes;
   // Whether its sessions bind their buffers, or are given them anew at every pass as plugins are.
   bool binds = true;
-  // Whether fixed widths are compiled one by one; else one session takes them, told the capacity as a GPU's is.
-  bool compiles = true;
+  // What its passes are launched on, as a GPU's are: one session then takes all widths, fixed ones too.
+  std::shared_ptr<DeviceStream> stream;
 
  private:
   std::string name_ = "cpu";

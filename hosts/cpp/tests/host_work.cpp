@@ -55,8 +55,13 @@ class ClockedPass final : public BoundPass {
     inner_->run(past_length);
     clock_.note(start);
   }
-  const PassOutputs& outputs() const override { return inner_->outputs(); }
-  const std::byte* hidden() const override { return inner_->hidden(); }
+  std::optional<LaunchedIds> launched_ids() const override { return inner_->launched_ids(); }
+  std::shared_ptr<SentIds> send_ids() override { return inner_->send_ids(); }
+  void send() override { inner_->send(); }
+  const PassOutputs& outputs() override { return inner_->outputs(); }
+  const float* logits(int row) override { return inner_->logits(row); }
+  float logit(int row, std::int64_t token) override { return inner_->logit(row, token); }
+  const std::byte* hidden() override { return inner_->hidden(); }
 
  private:
   std::unique_ptr<BoundPass> inner_;
@@ -67,6 +72,7 @@ class ClockedSegment final : public Segment {
  public:
   ClockedSegment(std::unique_ptr<Segment> inner, SessionClock& clock) : inner_(std::move(inner)), clock_(clock) {}
   const std::vector<int>& widths() const override { return inner_->widths(); }
+  bool launches() const override { return inner_->launches(); }
   std::unique_ptr<BoundPass> bind(PassFeeds& feeds, int rows, const std::shared_ptr<KVCache>& cache) override {
     return std::make_unique<ClockedPass>(inner_->bind(feeds, rows, cache), clock_);
   }

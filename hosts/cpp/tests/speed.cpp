@@ -1,5 +1,6 @@
-// A host to be measured: `mirror_speed BUNDLE [KEY=VALUE]...`. Reads prompts, one a line, as token ids; prints a
-// JSON line for each answer. Keys: mode (a number of mirror_mode), threads, tokens, target, draft, pinned, plugin.
+// A host to be measured: `mirror_speed BUNDLE [KEY=VALUE]...`. Reads prompts, one a line, as token ids, maybe after
+// mode=NUMBER; prints a JSON line for each answer. Keys: mode (a number of mirror_mode), threads, tokens, target,
+// draft, pinned, plugin.
 
 #include <cstdio>
 #include <cstdlib>
@@ -35,12 +36,12 @@ mirror::LoadOptions load_options(const Settings& settings) {
   return load;
 }
 
-void print(const mirror::Answer& answer) {
+void print(const mirror::Engine& engine, const mirror::Answer& answer) {
   const mirror_statistics s = answer.statistics();
   std::printf("{\"decode_tokens_per_s\": %.4f, \"ttft_ms\": %.3f, \"round_ms\": %.5f, \"host_ms\": %.5f, ",
               s.decode_tokens_per_s, 1e3 * s.ttft_s, s.round_ms, s.host_ms);
-  std::printf("\"rounds\": %d, \"draft_tokens_accepted\": %d, \"events\": %zu, \"tokens\": [", s.rounds,
-              s.draft_tokens_accepted, answer.events().size());
+  std::printf("\"rounds\": %d, \"draft_tokens_accepted\": %d, \"recorded_passes\": %d, \"events\": %zu, \"tokens\": [",
+              s.rounds, s.draft_tokens_accepted, engine.facts().recorded_passes, answer.events().size());
   const mirror::Tokens tokens = answer.tokens();
   for (std::size_t index = 0; index < tokens.size(); ++index)
     std::printf("%s%lld", index ? ", " : "", static_cast<long long>(tokens[index]));
@@ -58,18 +59,23 @@ int main(int count, char** arguments) {
   }
   try {
     const Settings settings = settings_of(count, arguments);
-    if (settings.count("plugin") > 0) 
+    if (settings.count("plugin") > 0)
       mirror::check(mirror_register_provider_library("OpenVINO", settings.at("plugin").c_str()));
     mirror::Engine engine(arguments[1], load_options(settings));
     mirror::GenerateOptions options;
     options.max_new_tokens = std::stoll(settings.at("tokens"));
     for (std::string line; std::getline(std::cin, line);) {
+      options.mode = MIRROR_MODE_UNSET;
+      if (line.rfind("mode=", 0) == 0) {
+        options.mode = static_cast<mirror_mode>(std::stoi(line.substr(5)));
+        line.erase(0, line.find(' '));
+      }
       std::istringstream words(line);
       mirror::Tokens prompt;
       for (std::int64_t token = 0; words >> token;) prompt.push_back(token);
       mirror::Answer answer = engine.answer(prompt, options);
       answer.run();
-      print(answer);
+      print(engine, answer);
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());

@@ -39,7 +39,7 @@ extern "C" {
 
 /* Raised when something is added; functions are never taken away or changed under the same major number. */
 #define MIRROR_API_MAJOR 1
-#define MIRROR_API_MINOR 1
+#define MIRROR_API_MINOR 2
 
 /* The version that the library was built with: major * 1000 + minor. */
 MIRROR_API uint32_t mirror_api_version(void);
@@ -134,6 +134,7 @@ typedef struct mirror_engine_facts {
   mirror_mode mode;
   int32_t vocab_size, gamma, max_length, branches;
   int32_t target_threads, draft_threads;
+  int32_t recorded_passes; /* passes that its GPUs have recorded and replay, so far. Since 1.2 */
 } mirror_engine_facts;
 
 /* Set struct_size first. */

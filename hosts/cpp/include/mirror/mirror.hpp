@@ -172,6 +172,13 @@ class Engine {
     return Answer(made);
   }
 
+  mirror_engine_facts facts() const {
+    mirror_engine_facts found{};
+    found.struct_size = sizeof found;
+    check(mirror_engine_describe(engine_.get(), &found));
+    return found;
+  }
+
   // Stops the answer being made, from any thread.
   void cancel() noexcept { mirror_engine_cancel(engine_.get()); }
 
