@@ -304,7 +304,10 @@ def test_openvino_artefacts_are_picked_up_and_kept(bundle: Path, caplog: pytest.
     # A program that isn't one shows that it is what loading takes.
     item = read_manifest(bundle).segments["draft_trunk"].compiled[0]
     (bundle / item.file).write_bytes(b"no program")
-    with caplog.at_level(logging.WARNING, logger="mirror"), engine_on(bundle, open_device("openvino:CPU")) as engine:
+    with (
+        caplog.at_level(logging.WARNING, logger="mirror"),
+        engine_on(bundle, open_device("openvino:CPU", background=True)) as engine,
+    ):
         result = engine.generate_tokens(PROMPT, max_new_tokens=NEW_TOKENS)
     assert [message.partition(":")[0] for message in caplog.messages] == [f"{Path(item.file).name} is not used"]
     assert list(result.tokens) == plain_tokens(bundle)
@@ -318,17 +321,26 @@ def test_openvino_artefacts_are_for_one_processor_and_thread_count(
     """OpenVINO imports a program of another machine unseen, so its record is what tells them apart."""
     eight = dataclasses.replace(OPTIONS, threads=8)  # of which a draft beside the target gets two
     compile_bundle(bundle, open_compiler("openvino:CPU"), eight, say_nothing)
-    with caplog.at_level(logging.WARNING, logger="mirror"), engine_on(bundle, open_device("openvino:CPU"), eight):
+    with (
+        caplog.at_level(logging.WARNING, logger="mirror"),
+        engine_on(bundle, open_device("openvino:CPU", background=True), eight),
+    ):
         assert not caplog.messages, "compiling foresees the threads of running"
     made = compile_for(bundle, "openvino:CPU").made
     assert {item.options["INFERENCE_NUM_THREADS"] for item in made} == {"1"}
     assert all(item.file.endswith(".blob") and " for " in item.runtime for item in made)
-    with caplog.at_level(logging.WARNING, logger="mirror"), engine_on(bundle, open_device("openvino:CPU"), eight):
+    with (
+        caplog.at_level(logging.WARNING, logger="mirror"),
+        engine_on(bundle, open_device("openvino:CPU", background=True), eight),
+    ):
         pass
     assert "is not used: it was compiled with other options (INFERENCE_NUM_THREADS)" in caplog.text
     caplog.clear()
     edit(bundle, runtime=made[0].runtime.partition(" for ")[0] + " for another processor")
-    with caplog.at_level(logging.WARNING, logger="mirror"), engine_on(bundle, open_device("openvino:CPU")) as engine:
+    with (
+        caplog.at_level(logging.WARNING, logger="mirror"),
+        engine_on(bundle, open_device("openvino:CPU", background=True)) as engine,
+    ):
         result = engine.generate_tokens(PROMPT, max_new_tokens=4)
     assert re.search("is not used: it was made by openvino .* for another processor, here is openvino", caplog.text)
     assert list(result.tokens) == plain_tokens(bundle)[:4]

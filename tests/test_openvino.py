@@ -20,7 +20,7 @@ from mirror.targets import open_device
 from mirror.targets.base import Device, KVCache, LoadedSegment, LoadRequest, PassShape, to_host
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.names import Precision
-from mirror.targets.openvino_settings import compile_settings, kernel_cache, kernel_cache_folder
+from mirror.targets.openvino_settings import compile_settings, default_precision, kernel_cache, kernel_cache_folder
 from mirror.targets.static_shapes import covering_shape, first_shapes
 from tests.rows_graph import KV_HEADS, LAYERS, VOCAB, write_segment
 
@@ -356,6 +356,48 @@ def test_precision_is_what_was_asked_for(folder: Path, segment: Segment, referen
     if _cpu_has_bf16():
         assert np.abs(found - expected).max() > TOLERANCE
     np.testing.assert_allclose(found, expected, atol=0.5)
+
+
+def test_a_draft_takes_bfloat16_where_the_cpu_has_it() -> None:
+    """No text depends on a draft's arithmetic; what the user writes still holds."""
+    wanted = Precision.BF16 if _cpu_has_bf16() else Precision.F32
+    assert open_device("openvino:CPU", background=True).precision is wanted  # type: ignore[attr-defined]
+    assert open_device("openvino:CPU:f32", background=True).precision is Precision.F32  # type: ignore[attr-defined]
+    assert default_precision("CPU", background=True, has_bf16=False) is Precision.F32
+    assert default_precision("CPU", has_bf16=True) is Precision.F32
+    assert default_precision("NPU", background=True, has_bf16=True) is Precision.F16
+
+
+def test_a_cache_in_bfloat16_takes_rows_as_they_are(folder: Path, segment: Segment) -> None:
+    """Rows written by one pass are what the next reads: one pass over six tokens, or two over four and two."""
+    device = open_device("openvino:CPU:bf16")
+    whole, parts = (Runner(device, folder, segment, (2, 4, 6)) for _ in range(2))
+    tokens = random_tokens(6)
+    expected = whole.line(tokens, 0)["logits"]
+    parts.line(tokens[:4], 0)
+    found = parts.line(tokens[4:], 4)["logits"]
+    np.testing.assert_allclose(found[0], expected[0, -2:], atol=0.2)  # bf16 keeps 8 bits
+    rows = _bfloat16(parts.slots())
+    exact = Runner(open_device("openvino:CPU:f32"), folder, segment, (2, 4, 6))
+    exact.line(tokens, 0)
+    np.testing.assert_allclose(rows, exact.slots(), atol=0.1)
+    assert np.abs(rows[:, :, :6]).min(axis=(1, 3)).max() > 0
+    assert not rows[:, :, 6:].any()
+
+
+def _bfloat16(bits: NDArray[Any]) -> NDArray[np.float32]:
+    """Return bfloat16 numbers, which numpy holds as any 16 bits, as float32."""
+    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def test_a_draft_by_the_plugin_leaves_the_choice_to_openvino() -> None:
+    from mirror.targets.openvino_plugin import plugin_options, plugin_precision
+
+    assert plugin_precision("CPU", None, background=True) is None
+    assert plugin_precision("CPU", Precision.F32, background=True) is Precision.F32
+    assert plugin_precision("CPU", None, background=False) is Precision.F32
+    assert plugin_precision("GPU", None, background=True) is Precision.F16
+    assert "INFERENCE_PRECISION_HINT" not in plugin_options("CPU", None, 2)
 
 
 def _cpu_has_bf16() -> bool:

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 
 from mirror.export.emit import Emitter
-from mirror.export.top_k import BLOCK, first_greatest, greatest
+from mirror.export.top_k import BLOCK, first_greatest, first_greatest_plainly, greatest
 
 SIZES = [1, 97, 15 * BLOCK, 16 * BLOCK, 16 * BLOCK + 1, 50257, 151936]
 
@@ -46,6 +46,22 @@ def test_the_first_of_equals_is_the_greatest(size: int) -> None:
     numbers = np.random.default_rng(size).integers(-9, 3, (1, 7, size)).astype(np.float32)
     (places,) = _session(size, None).run(["places"], {"numbers": numbers})
     assert np.array_equal(places, numbers.argmax(-1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_plain_form_finds_the_same(size: int) -> None:
+    """Ties in a block, between blocks and between rows: many equal numbers of few values."""
+    numbers = ir.Value(name="numbers", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, "rows", size]))
+    graph = ir.Graph([numbers], [], nodes=[], opset_imports={"": 23}, name="top")
+    places = first_greatest_plainly(Emitter(graph, numbers), numbers, size)
+    places.name, places.type, places.shape = "places", ir.TensorType(ir.DataType.INT32), ir.Shape([1, "rows"])
+    graph.outputs.append(places)
+    session = ort.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
+    random = np.random.default_rng(size)
+    for values in (random.integers(-9, 3, (1, 7, size)), random.standard_normal((1, 7, size)) * 1e30):
+        given = values.astype(np.float32)
+        (found,) = session.run(["places"], {"numbers": given})
+        assert np.array_equal(found, given.argmax(-1))
 
 
 def test_many_equals_are_all_greatest() -> None:

@@ -160,36 +160,32 @@ class Lowering:
     def _plain(
         self, emit: Emitter, node: ir.Node, past: list[ir.Value], masks: Masks, heads: int, kv_heads: int
     ) -> tuple[ir.Value, list[ir.Value]]:
-        """Softmax(q k^T) v over the buffer and the new rows; heads of a group share one product."""
+        """Softmax(q k^T) v over the buffer and the new rows.
+
+        Heads of a group lie together, so they fold into the rows of one product per key head. Nothing stands
+        between the two products but what belongs to attention: compilers that fuse it (OpenVINO's) do so then.
+        """
         query, key, value = wired(*node.inputs)
         dtype = dtype_of(key)
         head_dim = dimension(key, 3)
         masks.capacity = masks.capacity or masks.emit.size(past[0], 2)
-        mask = masks.get(node.attributes["window"].as_int())
+        mask = self._per_group(emit, masks.get(node.attributes["window"].as_int()), heads // kv_heads)
         scale = emit.constant(f"scale_{node.attributes['scale'].as_float():.9g}", _scalar(node, "scale", dtype))
         new = [emit.op("Identity", [part]) for part in (key, value)]
         keys, values = (
             emit.op("Concat", [old, part], {"axis": 2}) for old, part in zip(past, (key, value), strict=True)
         )
-        # Heads of one group lie together, so they fold into rows: [1, kv_heads, group * width, head_dim].
         grouped = emit.reshape(emit.op("Mul", [query, scale]), 1, kv_heads, -1, head_dim)
         scores = emit.op("MatMul", [grouped, emit.op("Transpose", [keys], {"perm": [0, 1, 3, 2]})])
-        scores = self._per_head(emit, scores, heads)
         scores = self._softcap(emit, node, scores, dtype)
         weights = emit.op("Softmax", [emit.op("Add", [scores, mask])], {"axis": -1})
-        weights = self._per_group(emit, weights, heads, kv_heads)
         mixed = emit.reshape(emit.op("MatMul", [weights, values]), 1, heads, -1, dimension(value, 3))
         return emit.op("Transpose", [mixed], {"perm": list(_HEADS_FIRST)}, like=node.outputs[0]), new
 
-    def _per_head(self, emit: Emitter, scores: ir.Value, heads: int) -> ir.Value:
-        """`[1, kv_heads, group * width, keys]` -> `[1, heads, width, keys]`."""
-        keys = emit.cast(emit.size(scores, 3), ir.DataType.INT64)
-        return emit.op("Reshape", [scores, emit.op("Concat", [emit.int64s(1, heads, -1), keys], {"axis": 0})])
-
-    def _per_group(self, emit: Emitter, weights: ir.Value, heads: int, kv_heads: int) -> ir.Value:
-        """`[1, heads, width, keys]` -> `[1, kv_heads, group * width, keys]`."""
-        keys = emit.cast(emit.size(weights, 3), ir.DataType.INT64)
-        return emit.op("Reshape", [weights, emit.op("Concat", [emit.int64s(1, kv_heads, -1), keys], {"axis": 0})])
+    def _per_group(self, emit: Emitter, mask: ir.Value | None, group: int) -> ir.Value:
+        """`[1, 1, width, keys]` -> `[1, 1, group * width, keys]`; layers share it once equal nodes are merged."""
+        assert mask is not None
+        return mask if group == 1 else emit.op("Concat", [mask] * group, {"axis": 2})
 
     def _softcap(self, emit: Emitter, node: ir.Node, scores: ir.Value, dtype: ir.DataType) -> ir.Value:
         if not node.attributes["softcap"].as_float():
@@ -280,27 +276,39 @@ def _plain_rotary(
     ]
     turned, rest = x, None
     if 2 * half != head_dim:
-        split = emit.constant(
-            f"split_{2 * half}_{head_dim - 2 * half}", np.array([2 * half, head_dim - 2 * half], np.int64)
-        )
-        turned, rest = emit.ops("Split", [x, split], {"axis": 3}, count=2)
+        turned, rest = _parts(emit, x, 2 * half, head_dim - 2 * half)
     if interleaved:
-        starts = [
-            emit.op("Slice", [turned, emit.int64s(s), emit.int64s(2 * half), emit.int64s(3), emit.int64s(2)])
-            for s in (0, 1)
-        ]
+        joined = _turn_neighbours(emit, turned, tables, half, dimension(x, 1))
     else:
-        starts = list(emit.ops("Split", [turned], {"axis": 3, "num_outputs": 2}, count=2))
-    first, second = starts
-    a = emit.op("Sub", [emit.op("Mul", [first, tables[0]]), emit.op("Mul", [second, tables[1]])])
-    b = emit.op("Add", [emit.op("Mul", [second, tables[0]]), emit.op("Mul", [first, tables[1]])])
-    if interleaved:
-        pair = [emit.op("Unsqueeze", [part, emit.int64s(4)]) for part in (a, b)]
-        heads = dimension(x, 1)
-        joined = emit.reshape(emit.op("Concat", pair, {"axis": 4}), 1, heads, -1, 2 * half)
-    else:
-        joined = emit.op("Concat", [a, b], {"axis": 3})
+        joined = _turn_halves(emit, turned, tables, half)
     return joined if rest is None else emit.op("Concat", [joined, rest], {"axis": 3})
+
+
+def _turn_halves(emit: Emitter, x: ir.Value, tables: list[ir.Value], half: int) -> ir.Value:
+    """`x cos + [-second, first] sin`: with just these operators OpenVINO makes one of it, the axis being -1 too."""
+    cos, sin = (emit.op("Concat", [table, table], {"axis": 3}) for table in tables)  # [1, 1, width, 2 * half]
+    first, second = _parts(emit, x, half, half)
+    across = emit.op("Concat", [emit.op("Neg", [second]), first], {"axis": -1})
+    return emit.op("Add", [emit.op("Mul", [x, cos]), emit.op("Mul", [across, sin])])
+
+
+def _turn_neighbours(emit: Emitter, x: ir.Value, tables: list[ir.Value], half: int, heads: int) -> ir.Value:
+    """Rotate features 0 and 1, 2 and 3, ..."""
+    cos, sin = tables  # [1, 1, width, half]
+    first, second = (
+        emit.op("Slice", [x, emit.int64s(s), emit.int64s(2 * half), emit.int64s(3), emit.int64s(2)]) for s in (0, 1)
+    )
+    a = emit.op("Sub", [emit.op("Mul", [first, cos]), emit.op("Mul", [second, sin])])
+    b = emit.op("Add", [emit.op("Mul", [second, cos]), emit.op("Mul", [first, sin])])
+    pair = [emit.op("Unsqueeze", [part, emit.int64s(4)]) for part in (a, b)]
+    return emit.reshape(emit.op("Concat", pair, {"axis": 4}), 1, heads, -1, 2 * half)
+
+
+def _parts(emit: Emitter, x: ir.Value, first: int, second: int) -> tuple[ir.Value, ir.Value]:
+    """Cut the features of `[1, heads, width, first + second]` in two."""
+    sizes = emit.constant(f"split_{first}_{second}", np.array([first, second], np.int64))
+    a, b = emit.ops("Split", [x, sizes], {"axis": 3}, count=2)
+    return a, b
 
 
 def _shared_rotary(query: ir.Value, key: ir.Value) -> ir.Node | None:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from mirror.runtime.records import Floats, Ints
 
-# More than float32 gets wrong in a sum of exponentials, as a share of it. An exponent is off by 1e-7 of itself, and those
-# that count are no lower than the logarithm of the vocabulary; an exponential by 3e-7, and a sum in pairs by 2e-6.
+# More than float32 gets wrong in a sum of exponentials, as a share of it. An exponent is off by 1e-7 of itself, and
+# those that count are no lower than the logarithm of the vocabulary; an exponential by 3e-7, a sum in pairs by 2e-6.
 FLOAT32_SLACK = 1e-5
 # Temperatures at which different logits divided by them still differ, and their exponentials are numbers.
 _TAME = (1e-6, 1e6)

@@ -143,19 +143,21 @@ def _top_p(kept: Kept, top_p: float) -> Kept:
 
 
 def _nucleus(peaks: Peaks, top_p: float) -> Kept | None:
-    """Return what top-p alone keeps, from the likely tokens and bounds on the mass of all.
-
-    None where that leaves the last token in doubt, and where top_p keeps all.
-    """
-    mass, size = peaks.mass(), peaks.logits.size
-    ids = peaks.at_least(share) if (share := _negligible(top_p, mass, size)) > 0.0 else None
+    """Return what top-p alone keeps, from the likely tokens and the mass of all; None where it is next to 1."""
+    mass = peaks.mass()
+    share = _negligible(top_p, mass, peaks.logits.size)
+    ids = peaks.at_least(share) if share > 0.0 else None
     if ids is None:
         return None
     near = _scored(peaks.logits, peaks.temperature, ids)
     ranked, reached = _ranked(near.scores)
     wanted = top_p * mass
     bounds = np.searchsorted(reached, (wanted * (1.0 - FLOAT32_SLACK), wanted * (1.0 + FLOAT32_SLACK)), side="left")
-    return _first(near, ranked, int(bounds[0]) + 1) if bounds[0] == bounds[1] < ranked.size else None
+    if bounds[0] == bounds[1]:
+        return _first(near, ranked, int(bounds[0]) + 1)
+    # Float32 leaves the last token in doubt.
+    mass = float(np.cumsum(np.exp(_scored(peaks.logits, peaks.temperature, None).scores))[-1])
+    return _first(near, ranked, int(np.searchsorted(reached, top_p * mass, side="left")) + 1)
 
 
 def _negligible(top_p: float, mass: float, size: int) -> float:

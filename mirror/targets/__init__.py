@@ -30,7 +30,8 @@ def open_device(name: str, *, background: bool = False) -> Device:
     """Return a device by the name that a user writes: `cpu`, `cuda:0`, `openvino:CPU|GPU|NPU`, `qnn:htp`, `npu`.
 
     Args:
-        background: whether it is for a draft, which may share a GPU with a target.
+        background: whether it is for a draft, which may share a GPU with a target, and whose arithmetic
+            changes no text.
 
     Raises:
         DeviceError: no such name, or the device or its library isn't there; the message says what
@@ -47,7 +48,7 @@ def open_device(name: str, *, background: bool = False) -> Device:
 
             return open_cuda(int(parsed.unit), background=background)
         case DeviceFamily.OPENVINO:
-            return _open_openvino(parsed)
+            return _open_openvino(parsed, background=background)
         case DeviceFamily.QNN:
             from mirror.targets.qnn import open_qnn
 
@@ -78,7 +79,7 @@ def open_compiler(name: str) -> AheadCompiler:
     return open_native_compiler(parsed.unit, parsed.precision)
 
 
-def _open_openvino(name: DeviceName) -> Device:
+def _open_openvino(name: DeviceName, *, background: bool) -> Device:
     """Open OpenVINO itself where it is installed, ONNX Runtime's plugin for it where only that is."""
     from mirror.targets.survey import plugin_units
 
@@ -87,7 +88,7 @@ def _open_openvino(name: DeviceName) -> Device:
             raise DeviceError(f"{name} isn't there: {missing}")
         from mirror.targets.openvino_plugin import open_plugin_device
 
-        return open_plugin_device(name.unit, name.precision)
+        return open_plugin_device(name.unit, name.precision, background=background)
     from mirror.targets.openvino import open_native_device
 
-    return open_native_device(name.unit, name.precision)
+    return open_native_device(name.unit, name.precision, background=background)

@@ -67,10 +67,10 @@ class OpenVinoPluginDevice(OnnxRuntimeDevice):
     """One device of OpenVINO's plugin.
 
     Attributes:
-        precision: the arithmetic it computes in.
+        precision: the arithmetic it computes in, None for OpenVINO's own choice.
     """
 
-    def __init__(self, unit: str, device: Any, precision: Precision) -> None:
+    def __init__(self, unit: str, device: Any, precision: Precision | None) -> None:
         """Take a device that ONNX Runtime listed, an `OrtEpDevice`."""
         super().__init__(f"openvino:{unit}", Provider(PROVIDER), Form.ROWS)
         self.precision = precision
@@ -109,14 +109,19 @@ class OpenVinoPluginDevice(OnnxRuntimeDevice):
             raise DeviceError(f"{self.name} can't load {path.name}: {error}") from error
 
 
-def open_plugin_device(unit: str, precision: Precision | None) -> OpenVinoPluginDevice:
+def open_plugin_device(unit: str, precision: Precision | None, *, background: bool = False) -> OpenVinoPluginDevice:
     """Return a device that the plugin lists under `unit`.
+
+    Args:
+        background: whether it is for a draft, which takes bfloat16 on a CPU that has it unless told otherwise.
 
     Raises:
         DeviceError: it can't compute in that precision.
     """
     check_precision(unit, precision)
-    return OpenVinoPluginDevice(unit, registered_devices()[unit], precision or default_precision(unit))
+    return OpenVinoPluginDevice(
+        unit, registered_devices()[unit], plugin_precision(unit, precision, background=background)
+    )
 
 
 @functools.cache
@@ -142,7 +147,14 @@ def virtual_platforms() -> tuple[str, ...]:
     return tuple(sorted(platform for platform in listed if platform))
 
 
-def plugin_options(unit: str, precision: Precision, threads: int) -> dict[str, str]:
+def plugin_precision(unit: str, asked: Precision | None, *, background: bool) -> Precision | None:
+    """Return what a device computes in; None leaves it to OpenVINO, which knows whether a CPU has bfloat16."""
+    if asked is None and background and unit == "CPU":
+        return None
+    return asked or default_precision(unit)
+
+
+def plugin_options(unit: str, precision: Precision | None, threads: int) -> dict[str, str]:
     """Return the plugin's options: OpenVINO's own properties, as JSON by device kind."""
     kind = unit.partition(".")[0]
     settings = compile_settings(unit, precision, threads, kernel_cache(unit))

@@ -12,12 +12,19 @@ from mirror.errors import DeviceError
 from mirror.targets.names import Precision
 
 
-def default_precision(unit: str) -> Precision:
+def default_precision(unit: str, *, background: bool = False, has_bf16: bool = False) -> Precision:
     """Return what a device computes in unless told otherwise: exact on the CPU, its own arithmetic elsewhere.
 
-    Left alone, OpenVINO computes a float32 model in bfloat16 on CPUs that can.
+    No text depends on a draft's arithmetic, so a draft takes bfloat16 on a CPU that has it: half the bytes of
+    every pass, and the matrix units where there are any. Left alone, OpenVINO would do so for targets too.
+
+    Args:
+        background: whether it is for a draft.
+        has_bf16: whether the CPU computes in bfloat16.
     """
-    return Precision.F32 if unit == "CPU" else Precision.F16
+    if unit != "CPU":
+        return Precision.F16
+    return Precision.BF16 if background and has_bf16 else Precision.F32
 
 
 def check_precision(unit: str, precision: Precision | None) -> None:
@@ -30,14 +37,17 @@ def check_precision(unit: str, precision: Precision | None) -> None:
         raise DeviceError(f"openvino:NPU computes in f16 only, asked for {precision.value}; leave the precision out")
 
 
-def compile_settings(unit: str, precision: Precision, threads: int, cache: Path | None) -> dict[str, Any]:
+def compile_settings(unit: str, precision: Precision | None, threads: int, cache: Path | None) -> dict[str, Any]:
     """Return OpenVINO's properties for one segment.
 
     Args:
+        precision: the arithmetic, None for OpenVINO's own choice.
         threads: CPU threads; other devices don't take it.
         cache: where compiled programs are kept, None for nowhere.
     """
-    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision.value}
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if precision is not None:
+        settings["INFERENCE_PRECISION_HINT"] = precision.value
     if unit != "NPU":
         settings["NUM_STREAMS"] = "1"
     if unit == "CPU":
