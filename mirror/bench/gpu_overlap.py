@@ -24,13 +24,14 @@ import numpy as np
 from mirror.bench.gpu_budget import common, length, merge
 from mirror.bench.gpu_clock import PassClock, Ran
 from mirror.bench.gpu_devices import open_watched
+from mirror.bench.gpu_rounds import numbers
 from mirror.bench.gpu_shared import SharedDevice
 from mirror.bench.provenance import gpu_name, provenance
 from mirror.bundle import Manifest, read_manifest
 from mirror.runtime.draft import Draft, Meeting
 from mirror.runtime.loading import Plan, load_draft, load_target, make_plan
 from mirror.runtime.options import EngineOptions
-from mirror.runtime.records import Candidates, Ints, Lane
+from mirror.runtime.records import Candidates, Ints, Lane, Mode
 from mirror.runtime.target import Target
 from mirror.runtime.worker import DraftSeat
 from mirror.targets.base import Device
@@ -179,9 +180,18 @@ def _ms(run: Callable[[], object]) -> float:
 @click.option("--draft-device", "draft_devices", multiple=True, default=["cuda:0"], show_default=True)
 @click.option("--context", default=500, show_default=True)
 @click.option("--max-length", default=1024, show_default=True)
+@click.option("--fanout", default=None, help="Branches after each window position, comma-separated.")
+@click.option("--threads", type=int, default=None, help="CPU threads in all; the target's feeder is one of them.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
-    bundle: Path, target_device: str, draft_devices: Sequence[str], context: int, max_length: int, out: Path
+    bundle: Path,
+    target_device: str,
+    draft_devices: Sequence[str],
+    context: int,
+    max_length: int,
+    fanout: str | None,
+    threads: int | None,
+    out: Path,
 ) -> None:
     """Measure how much of a rollout of BUNDLE's draft is hidden behind its target's step."""
     manifest, clock = read_manifest(bundle), PassClock()
@@ -190,7 +200,8 @@ def main(
     rows: list[dict[str, Any]] = []
     for name in draft_devices:
         draft = open_watched(name, clock, Lane.DRAFT)
-        options = EngineOptions(max_length=max_length, pinned=True)
+        branches = None if fanout is None else numbers(fanout)
+        options = EngineOptions(mode=Mode.MIRROR, max_length=max_length, fanout=branches, threads=threads, pinned=True)
         overlap = load_overlap(bundle, manifest, target, draft, options, context)
         rows.append({"draft_device": name, **vars(overlap.measure(clock))})
         click.echo(json.dumps(rows[-1]))

@@ -121,6 +121,7 @@ def tokens_per_s(rounds: Iterable[Round]) -> float:
 @click.option("--candidates", type=click.Choice([source.value for source in CandidateSource]), default=None)
 @click.option("--fanout", default=None, help="Branches after each window position, comma-separated.")
 @click.option("--passes", default=None, help="Tokens per pass of a rollout, comma-separated.")
+@click.option("--threads", type=int, default=None, help="CPU threads in all; the target's feeder is one of them.")
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0], show_default=True)
 @click.option("--questions", "questions_file", type=click.Path(path_type=Path), default=None)
 @click.option("--per-category", default=4, show_default=True)
@@ -137,6 +138,7 @@ def main(
     candidates: str | None,
     fanout: str | None,
     passes: str | None,
+    threads: int | None,
     temperatures: Sequence[float],
     questions_file: Path | None,
     per_category: int,
@@ -155,6 +157,7 @@ def main(
         candidates=source,
         fanout=None if fanout is None else numbers(fanout),
         tokens_per_pass=None if passes is None else numbers(passes),
+        threads=threads,
         pinned=True,
         mode=Mode.MIRROR,
     )

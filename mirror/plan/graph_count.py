@@ -38,12 +38,14 @@ class GraphCount:
     Attributes:
         products: in the order in which they run.
         kernels: nodes that a device starts.
+        last: those of them that follow the last product.
         query_heads: of its attention, all layers together; 0 where the form doesn't say.
     """
 
     products: tuple[Product, ...]
     kernels: int
     query_heads: int
+    last: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,12 @@ def count_graph(path: Path) -> GraphCount:
     graph = next(messages(memoryview(path.read_bytes()), _MODEL_GRAPH))
     tensors = {_text(tensor, _TENSOR_NAME): tensor for tensor in messages(graph, _GRAPH_INITIALIZER)}
     nodes = [_node(data) for data in messages(graph, _GRAPH_NODE)]
-    products = tuple(found for node in nodes if (found := _product(node, tensors)) is not None)
-    kernels = sum(node.kind not in _VIEWS for node in nodes)
+    found = [_product(node, tensors) for node in nodes]
+    products = tuple(product for product in found if product is not None)
+    starts = [node.kind not in _VIEWS for node in nodes]
+    end = max((place for place, product in enumerate(found) if product is not None), default=len(nodes) - 1)
     heads = sum(node.numbers.get("num_heads", 0) for node in nodes if node.kind == "GroupQueryAttention")
-    return GraphCount(products, kernels, heads)
+    return GraphCount(products, sum(starts), heads, sum(starts[end + 1 :]))
 
 
 def count_target(folder: Path, manifest: Manifest) -> ModelWork:
@@ -80,8 +84,9 @@ def count_target(folder: Path, manifest: Manifest) -> ModelWork:
     prefix, suffix = (_counted(folder, manifest.segments[name]) for name in ("target_prefix", "target_suffix"))
     exit_head = _counted(folder, manifest.segments["exit_head"])
     layers, cut = manifest.model.layers, manifest.decoding.exit_layer
-    head = _head(suffix)
-    layer = (_body(prefix, prefix.products) + _body(suffix, suffix.products[:-1])).times(1 / layers)
+    # The choice of a token belongs to the head.
+    head = _head(suffix) + Work(kernels=suffix.last)
+    layer = (_body(prefix, prefix.products) + _body(suffix, suffix.products[:-1], suffix.last)).times(1 / layers)
     kv = [*manifest.segments["target_prefix"].kv, *manifest.segments["target_suffix"].kv]
     return ModelWork(
         name=f"{manifest.model.architecture}, {layers} layers, cut after {cut}",
@@ -118,8 +123,8 @@ def _counted(folder: Path, segment: Segment) -> GraphCount:
     return count_graph(folder / graph.file)
 
 
-def _body(count: GraphCount, products: tuple[Product, ...]) -> Work:
-    return _products(products) + Work(kernels=count.kernels)
+def _body(count: GraphCount, products: tuple[Product, ...], left_out: int = 0) -> Work:
+    return _products(products) + Work(kernels=count.kernels - left_out)
 
 
 def _head(count: GraphCount) -> Work:
