@@ -82,7 +82,8 @@ class Binder:
             ExportError: the checkpoint lacks a tensor, or has it in another shape.
         """
         parts = single_parts({name: names for name, names in parameters.items() if name in graph.initializers})
-        if self._writes(graph, parts):
+        # Graphs in 16 bits are a GPU's, whose narrow products cost more than writing these matrices anew.
+        if self._writes(graph, parts) or self.dtype is not ir.DataType.FLOAT:
             parts = pack_attention(graph, parts)
         if self.precision.bits is not None:
             self._quantise(graph, parts, Quantiser(self.precision.bits, self.file, self.dtype))

@@ -1,7 +1,7 @@
 """Join the query, key and value projections of a layer into one.
 
 One wide product instead of three narrow ones, and one packed input to the attention operator. Done
-only where weights are written anyway: a checkpoint whose bytes are used as they are stays unpacked.
+where weights are written anyway, and in 16 bits: a float32 checkpoint whose bytes are used as they are stays unpacked.
 """
 
 from __future__ import annotations

@@ -124,8 +124,10 @@ class Generation:
         """Run one round; return the tokens that it committed."""
         start_s, mode, first = time.perf_counter(), self._mode, len(self._sequence)
         window = self._propose()
+        # Launching comes first where it is all that there is to do: the draft has the whole prefix to read the window.
+        state = self._run_prefix(window) if self._target.launches and self._ahead is None else None
         overlap = self._start_rollout(window)
-        outcome = self._verify(window, overlap)
+        outcome = self._verify(window, overlap, state)
         committed = self._commit((*window[1 : outcome.accepted + 1].tolist(), outcome.next_token))
         self._sequence.cached = first + outcome.accepted
         rollout = self._collect(overlap, outcome)
@@ -234,10 +236,10 @@ class Generation:
 
         return _Overlap(meeting, self._seat.start(roll_out))
 
-    def _verify(self, window: Ints, overlap: _Overlap | None) -> Outcome:
-        """Run the target over the window and compare."""
+    def _verify(self, window: Ints, overlap: _Overlap | None, state: ExitState | None) -> Outcome:
+        """Run the target over the window, from the exit on if its prefix is under way, and compare."""
         try:
-            logits = self._run_target(window, overlap)
+            logits = self._run_target(window, overlap, state)
             position = len(self._sequence)
             with self._log.span("verify"):
                 outcome = verify(window.tolist(), lambda row: self._choose(logits, row, position + row))
@@ -249,11 +251,11 @@ class Generation:
             overlap.meeting.decide(outcome)
         return outcome
 
-    def _run_target(self, window: Ints, overlap: _Overlap | None) -> Logits:
+    def _run_target(self, window: Ints, overlap: _Overlap | None, state: ExitState | None) -> Logits:
         """Return the window's logits, once they are there; offer the exit's candidates on the way."""
         if self._ahead is not None:
             return self._take_ahead()
-        state = self._run_prefix(window)
+        state = state or self._run_prefix(window)
         if self._note_states(len(self._sequence) - 1) and overlap is not None:
             overlap.meeting.state(self._unseen[-1][1])
         ahead: Logits | None = None

@@ -94,6 +94,11 @@ class Target:
         self._rows = np.arange(capacity, dtype=np.int64)
         self._last: ExitState | None = None
 
+    @property
+    def launches(self) -> bool:
+        """Whether the last pass was only launched: another can follow it, and the host is free meanwhile."""
+        return self._last is not None and not isinstance(self._last.feeds["hidden_states"], np.ndarray)
+
     def run_prefix(self, tokens: Ints, past_length: int) -> ExitState:
         """Run the layers below the exit over a window, int64 [n]; write slots `past_length..`."""
         rows = tokens.shape[0]

@@ -37,8 +37,9 @@ _ALIGNMENT_BYTES = 256  # of each input in a device's staging block, as its own 
 # Slots by which the total grows that sized kernels of branches get: they look at all of them.
 _TOTAL_STEP = 256
 
-# Bindings kept per segment. Decoding needs one per width of a round; prefill remainders come and go.
-_KEPT_BINDINGS = 32
+# Bindings kept per segment. Decoding needs one per width of a round, and where totals grow in steps, one per step;
+# prefill remainders come and go.
+_KEPT_BINDINGS = 128
 
 
 @dataclass(frozen=True)
