@@ -179,38 +179,56 @@ Outcome Generation::verify_window(const Tokens& window, const std::optional<Over
 
 // The window's logits, at the pass's end; offers the exit's states and candidates on the way.
 RowLogits Generation::run_target(const Tokens& window, const std::optional<Overlap>& overlap) {
+  if (std::exchange(ahead_, false)) {
+    const auto span = log_.span(SpanName::suffix);
+    return read_logits();
+  }
   const int start = sequence_.length() - 1;
   const bool offers = overlap && shape_.wants_exit;
   // What is only launched is launched at once, so that the device never waits for this thread.
-  const bool ahead = target_.launches();
+  const bool launches = target_.launches();
   {
     const auto span = log_.span(SpanName::prefix);
     target_.run_prefix(window.data(), static_cast<int>(window.size()), start);
-    if (ahead && offers) target_.run_exit_head();
-    if (ahead) target_.run_suffix();
+    if (launches && offers) target_.run_exit_head();
+    if (launches) target_.run_suffix();
   }
   if (note_states(start) && overlap) overlap->meeting->state(unseen_.back().second);
   if (offers) {
     const auto span = log_.span(SpanName::exit_head);
-    if (!ahead) target_.run_exit_head();
+    if (!launches) target_.run_exit_head();
     overlap->meeting->offer(target_.exit_candidates());
   }
   const auto span = log_.span(SpanName::suffix);
-  if (!ahead) target_.run_suffix();
+  if (!launches) target_.run_suffix();
+  return read_logits();
+}
+
+// The open pass's logits. Where the next token is the likeliest, and alone, its pass is launched before it is read: no
+// device waits for this thread then.
+RowLogits Generation::read_logits() {
+  const bool lone = mode_ == Mode::plain && sampler_.takes_likeliest() && !shape_.wants_states;
+  // One token comes of the open pass, and there is no next one if it is the last.
+  if (lone && room() > 1)
+    if (auto logits = target_.run_ahead(sequence_.length())) {
+      ahead_ = true;
+      return *std::move(logits);
+    }
   return target_.logits();
 }
 
 Token Generation::choose(const RowLogits& logits, int row, std::int64_t position) {
   const auto likeliest = sampler_.takes_likeliest() ? logits.likeliest(row) : std::nullopt;
+  if (!likeliest && !logits.has_rows()) Sampler::refuse_likeliest();
   const Token token = likeliest ? *likeliest : sampler_.choose(logits.row(row), position);
   sampler_.see(token);
   return token;
 }
 
 // Refuses a token that a graph chose among what is no number. Asked for the row that decides: rows before it agreed
-// with the draft's tokens, as such rows would not.
+// with the draft's tokens, as such rows would not. Where no rows are left, the graph's refusal to name one must do.
 void Generation::check(const RowLogits& logits, int row, Token chosen) const {
-  if (sampler_.takes_likeliest()) Sampler::check_likeliest(logits.at(row, chosen));
+  if (logits.has_rows() && sampler_.takes_likeliest()) Sampler::check_likeliest(logits.at(row, chosen));
 }
 
 // Appends the tokens that count and notes whether they end the answer.

@@ -61,6 +61,7 @@ class Generation {
   std::optional<Overlap> start_rollout(const Tokens& window);
   Outcome verify_window(const Tokens& window, const std::optional<Overlap>& overlap);
   RowLogits run_target(const Tokens& window, const std::optional<Overlap>& overlap);
+  RowLogits read_logits();
   Token choose(const RowLogits& logits, int row, std::int64_t position);
   void check(const RowLogits& logits, int row, Token chosen) const;
   Tokens commit(Tokens tokens);
@@ -85,6 +86,7 @@ class Generation {
   SpanLog log_;
   std::vector<Span> draft_spans_;
   std::optional<Tokens> prepared_;
+  bool ahead_ = false;  // whether the next round's pass was launched already
   std::shared_ptr<Job<Nothing>> reading_;
   SeenStates unseen_;
 };

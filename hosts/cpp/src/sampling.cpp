@@ -27,11 +27,13 @@ void require(bool holds, const char* name, Value found, const char* expected) {
   throw Error(ErrorKind::request, text.str());
 }
 
-void check_finite(float greatest) {
-  if (std::isfinite(greatest)) return;
-  const char* found = std::isnan(greatest) ? "nan" : greatest > 0 ? "inf" : "-inf";
+[[noreturn]] void refuse(const char* found) {
   throw Error(ErrorKind::device, std::string("the target's greatest logit is ") + found +
                                      "; the device or the precision can't run this model");
+}
+
+void check_finite(float greatest) {
+  if (!std::isfinite(greatest)) refuse(std::isnan(greatest) ? "nan" : greatest > 0 ? "inf" : "-inf");
 }
 
 constexpr float nan_value = std::numeric_limits<float>::quiet_NaN();
@@ -108,6 +110,8 @@ Token Sampler::choose(const float* logits, std::int64_t position) {
 }
 
 void Sampler::check_likeliest(float logit) { check_finite(logit); }
+
+void Sampler::refuse_likeliest() { refuse("no finite number"); }
 
 Token Sampler::choose_greedy(const float* logits) const {
   if (seen_.empty()) {

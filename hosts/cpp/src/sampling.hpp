@@ -33,6 +33,8 @@ class Sampler {
   bool takes_likeliest() const { return params_.temperature == 0.0 && seen_.empty(); }
   // Throws Error(device) if a likeliest token's logit is not finite.
   static void check_likeliest(float logit);
+  // Throws Error(device): a graph named no token as the likeliest, since its logit is no finite number.
+  [[noreturn]] static void refuse_likeliest();
 
   // Notes that the context now holds a token; call it for each token before choosing a later one.
   void see(Token token) {

@@ -49,6 +49,17 @@ RowLogits Target::logits() {
   return RowLogits(*suffix_, shape_.vocab_size);
 }
 
+std::optional<RowLogits> Target::run_ahead(int past) {
+  const auto given = suffix_->launched_ids();
+  if (!given || segments_.hidden_on_host) return std::nullopt;
+  auto sent = suffix_->send_ids();  // before the next pass writes over them
+  const Token unknown = 0;
+  open(&unknown, 1, past, fit_width(widths_, shape_.pinned_width.value_or(1)), FollowOn{*given, 0, 1, 1, 1});
+  run_suffix();
+  sent->wait();
+  return RowLogits(std::move(sent), shape_.vocab_size);
+}
+
 Target::Prefilled Target::prefill(const Token* tokens, int count, int past, int chunk) {
   const Chunk next = chunk_width(widths_, std::min(chunk, count), shape_.capacity - past);
   open(tokens, next.rows, past, next.width);
@@ -57,7 +68,7 @@ Target::Prefilled Target::prefill(const Token* tokens, int count, int past, int 
   return {next.rows, logits()};
 }
 
-void Target::open(const Token* tokens, int count, int past, int width) {
+void Target::open(const Token* tokens, int count, int past, int width, const std::optional<FollowOn>& follow) {
   pass_ = &pool_.at(width, [&] {
     auto made = std::make_unique<Pass>(width, shape_.max_positions);
     made->feeds.hidden_on_host = segments_.hidden_on_host;
@@ -67,6 +78,7 @@ void Target::open(const Token* tokens, int count, int past, int width) {
   past_ = past;
   rows_ = count;
   pass_->feeds.fill_causal(tokens, count, past);
+  pass_->feeds.follow = follow;  // none too: a pass that failed may have left its own
   pass_->prefix->run(past);
 }
 

@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "device.hpp"
 #include "pass_pool.hpp"
@@ -24,23 +25,27 @@ struct TargetShape {
 };
 
 // What the target says after each wanted row of a pass, read from its device as far as someone asks. Valid until the
-// target's next pass.
+// target's next pass; of a pass that the next one has followed already, only the likeliest tokens are left.
 class RowLogits {
  public:
   RowLogits(BoundPass& pass, int vocab_size) : pass_(&pass), vocab_size_(vocab_size) {}
+  RowLogits(std::shared_ptr<SentIds> sent, int vocab_size) : sent_(std::move(sent)), vocab_size_(vocab_size) {}
+  // Whether `row` and `at` may be asked.
+  bool has_rows() const { return pass_ != nullptr; }
   // [vocab]
   const float* row(int index) const { return pass_->logits(index); }
   float at(int index, Token token) const { return pass_->logit(index, token); }
   // The row's likeliest token, the first of equals; nothing where the graph doesn't tell, or compared what is no
   // number.
   std::optional<Token> likeliest(int index) const {
-    const std::int64_t* ids = pass_->outputs().token_ids;
+    const std::int64_t* ids = sent_ ? sent_->wait() : pass_->outputs().token_ids;
     if (ids == nullptr || ids[index] < 0 || ids[index] >= vocab_size_) return std::nullopt;
     return ids[index];
   }
 
  private:
-  BoundPass* pass_;
+  BoundPass* pass_ = nullptr;
+  std::shared_ptr<SentIds> sent_;
   int vocab_size_;
 };
 
@@ -60,6 +65,10 @@ class Target {
   // What the open pass gave so far; these wait for it.
   Candidates exit_candidates();
   RowLogits logits();
+  // Launches the pass after the open one, over the likeliest token after its first row, and waits for that token only
+  // then; opens that pass and returns the last one's logits, of which no rows are left. Nothing, and nothing is
+  // launched, where the host has to know the token first. `past`: the slots filled before it.
+  std::optional<RowLogits> run_ahead(int past);
   // A copy of the exit states, the real rows alone, where the engine wants them.
   States exit_states() const;
 
@@ -79,7 +88,7 @@ class Target {
     std::map<int, std::unique_ptr<BoundPass>> suffix;  // by wanted rows
   };
 
-  void open(const Token* tokens, int count, int past, int width);
+  void open(const Token* tokens, int count, int past, int width, const std::optional<FollowOn>& follow = std::nullopt);
   void suffix(int first, int rows);
 
   TargetSegments segments_;

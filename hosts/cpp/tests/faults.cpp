@@ -46,14 +46,17 @@ class Gate {
 };
 
 std::shared_ptr<Engine> open_engine(const std::string& bundle, EngineOptions options,
-                                    std::shared_ptr<Device> target = nullptr, std::shared_ptr<Device> draft = nullptr) {
+                                    std::shared_ptr<Device> target = nullptr, std::shared_ptr<Device> draft = nullptr,
+                                    const Tokens& eos = {}) {
   options.threads = 1;
   const fs::path folder = bundles / bundle;
+  Manifest manifest = read_manifest(folder);
+  if (!eos.empty()) manifest.tokens.eos = eos;
   Placement places;
   places.target = target ? target : open_device("cpu");
   places.suffix = places.target;
   places.draft = draft ? draft : open_device("cpu");
-  return std::make_shared<Engine>(folder, read_manifest(folder), options, places);
+  return std::make_shared<Engine>(folder, std::move(manifest), options, places);
 }
 
 EngineOptions in_mode(Mode mode) {
@@ -407,6 +410,105 @@ void passes_that_are_launched() {
   checks.check(spreads > 100, "a rollout's passes follow each other on the device");
 }
 
+// A device whose passes are launched.
+std::shared_ptr<HookedDevice> on_stream(std::shared_ptr<LateStream> stream, Hook hook = nullptr, bool fixed = true) {
+  auto made = std::make_shared<HookedDevice>(std::move(hook), Form::inplace, fixed);
+  made->stream = std::move(stream);
+  return made;
+}
+
+// In plain mode a pass is launched before the last one's token is read, and none after the answer's last.
+void next_pass_before_its_token_is_read(bool pinned, bool hurries, bool fixed) {
+  const std::string name = std::string("ahead") + (pinned ? " pinned" : "") + (hurries ? " hurrying" : "");
+  const auto stream = std::make_shared<LateStream>(hurries);
+  std::atomic<int> passes{0};
+  const auto count = [&passes](const std::string& segment, const PassFeeds&) { passes += segment == "target_suffix"; };
+  EngineOptions options = in_mode(Mode::plain);
+  options.pinned = pinned;
+  const auto engine = open_engine("context", options, on_stream(stream, count, fixed));
+  for (int turn = 1; turn <= 2; ++turn) {
+    checks.equal(run(*engine)->tokens(), path(), name);
+    // The first token is the prompt's, whose pass none follows; nor does one follow that of the last.
+    checks.equal(stream->spreads.load(), turn * 38, name + ": passes over tokens that are on the device");
+    // On a stream that hurries they have come to the host all the same, though nobody asked for them.
+    if (!hurries) checks.equal(stream->unread.load(), turn * 38, name + ": and have not come to the host");
+    checks.equal(passes.load(), turn * 40, name + ": a pass for each token");
+  }
+  const int before = stream->spreads;
+  for (const std::int64_t tokens : {1, 2})
+    checks.check(begins_path(run(*engine, prompt, tokens)->tokens()), name + " short");
+  drawn(*engine, prompt);
+  checks.equal(stream->spreads.load(), before, name + ": none where no pass follows, or a draw needs its logits");
+  checks.check(!stream->spoilt, name + ": what a pass was given stays until it has been copied");
+}
+
+enum class Ending { at_eos, cancelled, dropped, failed };
+
+// Makes an answer in plain mode that ends while the next pass is under way.
+Tokens end_early(Engine& engine, Ending ending) {
+  GenerationOptions options = up_to(40);
+  options.mode = Mode::plain;
+  const auto answer = engine.answer(prompt, options);
+  try {
+    for (int count = 0; answer->next(); ++count) {
+      if (count == 5 && ending == Ending::dropped) break;
+      if (count == 5 && ending == Ending::cancelled) engine.cancel();
+    }
+  } catch (const std::runtime_error& error) {
+    checks.check(ending == Ending::failed && std::string(error.what()) == "out of luck", error.what());
+  }
+  return answer->tokens();
+}
+
+// The token of the path that is the last to come up.
+Token latest_token() {
+  auto latest = path().begin();
+  for (auto at = path().begin(); at != path().end(); ++at)
+    if (std::find(path().begin(), at, *at) == at) latest = at;
+  return *latest;
+}
+
+// What was launched too far when an answer ended is nobody's: not of an answer to this prompt or another, in plain or
+// in mirror mode, greedy or drawn, or of one that goes on from the same cache.
+void answers_that_leave_a_pass(Ending ending, const std::string& segment, bool hurries) {
+  const std::string name = "left " + std::to_string(static_cast<int>(ending)) + " " + segment;
+  const Tokens eos = ending == Ending::at_eos ? Tokens{latest_token()} : Tokens{};
+  const auto plain = open_engine("context", in_mode(Mode::plain), nullptr, nullptr, eos);
+  const auto follow = [&](const std::string& what, const Tokens& other, Mode mode, bool sampled, bool reuse) {
+    const Hook hook = ending == Ending::failed ? nth(segment, 5, out_of_luck) : nullptr;
+    const auto stream = std::make_shared<LateStream>(hurries);
+    const auto engine = open_engine("context", in_mode(Mode::mirror), on_stream(stream, hook), nullptr, eos);
+    const Tokens left = end_early(*engine, ending);
+    checks.check(begins_path(left) && left.size() >= 3 && left.size() < 40, name + ": ended early");
+    checks.check(stream->spreads > 0, name + ": with a pass under way");
+    Tokens start = other;
+    if (reuse) start.insert(start.begin() + static_cast<std::ptrdiff_t>(prompt.size()), left.begin(), left.end());
+    GenerationOptions options = up_to(15);
+    options.mode = mode;
+    options.reuse_cache = reuse;
+    const auto answer = engine->answer(start, options);
+    while (answer->next()) {
+    }
+    checks.equal(answer->tokens(), run(*plain, start, 15)->tokens(), name + ", " + what);
+    if (reuse) checks.check(answer->statistics().reused_prompt_tokens >= 5, name + " reuses");
+    if (sampled) checks.equal(drawn(*engine, start), drawn(*plain, start), name + ", " + what + " drawn");
+    checks.check(!stream->spoilt, name + ": what a pass was given stays until it has been copied");
+  };
+  follow("the same", prompt, Mode::plain, true, false);
+  follow("one token", {7}, Mode::plain, false, false);
+  follow("mirrored", {4, 5, 6, 7, 8, 9, 1}, Mode::mirror, true, false);
+  follow("a conversation", {1, 2, 3, 5}, Mode::plain, false, true);
+  follow("a mirrored conversation", {1, 2, 3, 5}, Mode::mirror, false, true);
+}
+
+// A graph that names no token says that it found no number, and there are no logits to look at any more.
+void launched_passes_without_numbers() {
+  const auto device = on_stream(std::make_shared<LateStream>());
+  device->sends_none = true;
+  refused("no number", ErrorKind::device, "greatest logit is no finite number",
+          [&] { run(*open_engine("context", in_mode(Mode::plain), device)); });
+}
+
 // The suffix on another device than the prefix, either of them launched.
 void segments_apart(bool prefix_launched, bool suffix_launched) {
   const std::string name =
@@ -518,6 +620,16 @@ int main(int count, char** arguments) {
     for (const bool fixed : {false, true}) checks.group("forms", [&] { forms_and_widths(form, fixed, true); });
   checks.group("unbound", [] { forms_and_widths(Form::rows, true, false); });
   checks.group("launched", passes_that_are_launched);
+  for (const bool hurries : {false, true}) {
+    for (const bool pinned : {false, true})
+      for (const bool fixed : {false, true})
+        checks.group("ahead", [&] { next_pass_before_its_token_is_read(pinned, hurries, fixed); });
+    for (const Ending ending : {Ending::at_eos, Ending::cancelled, Ending::dropped})
+      checks.group("left", [&] { answers_that_leave_a_pass(ending, "", hurries); });
+    for (const char* segment : {"target_prefix", "target_suffix"})
+      checks.group("left", [&] { answers_that_leave_a_pass(Ending::failed, segment, hurries); });
+  }
+  checks.group("no number", launched_passes_without_numbers);
   for (const bool launched : {false, true})
     for (const bool other : {false, true}) checks.group("apart", [&] { segments_apart(launched, other); });
   checks.group("lifetimes", segment_that_outlives_its_device);

@@ -9,17 +9,30 @@ namespace mirror {
 
 using Hook = std::function<void(const std::string& segment, const PassFeeds& feeds)>;
 
+// What a graph names where no logit is a number.
+class NoIds final : public SentIds {
+ public:
+  const std::int64_t* wait() override { return &none_; }
+
+ private:
+  std::int64_t none_ = -1;
+};
+
 class HookedPass final : public BoundPass {
  public:
-  HookedPass(std::string name, std::unique_ptr<BoundPass> inner, const PassFeeds& feeds, Hook hook)
-      : name_(std::move(name)), inner_(std::move(inner)), feeds_(feeds), hook_(std::move(hook)) {}
+  HookedPass(std::string name, std::unique_ptr<BoundPass> inner, const PassFeeds& feeds, Hook hook, bool sends_none)
+      : name_(std::move(name)),
+        inner_(std::move(inner)),
+        feeds_(feeds),
+        hook_(std::move(hook)),
+        sends_none_(sends_none) {}
 
   void run(int past_length) override {
     if (hook_) hook_(name_, feeds_);
     inner_->run(past_length);
   }
   std::optional<LaunchedIds> launched_ids() const override { return inner_->launched_ids(); }
-  std::shared_ptr<SentIds> send_ids() override { return inner_->send_ids(); }
+  std::shared_ptr<SentIds> send_ids() override { return sends_none_ ? std::make_shared<NoIds>() : inner_->send_ids(); }
   void send() override { inner_->send(); }
   const PassOutputs& outputs() override { return inner_->outputs(); }
   const float* logits(int row) override { return inner_->logits(row); }
@@ -31,17 +44,18 @@ class HookedPass final : public BoundPass {
   std::unique_ptr<BoundPass> inner_;
   const PassFeeds& feeds_;
   Hook hook_;
+  bool sends_none_;
 };
 
 class HookedSegment final : public Segment {
  public:
-  HookedSegment(std::string name, std::unique_ptr<Segment> inner, Hook hook)
-      : name_(std::move(name)), inner_(std::move(inner)), hook_(std::move(hook)) {}
+  HookedSegment(std::string name, std::unique_ptr<Segment> inner, Hook hook, bool sends_none)
+      : name_(std::move(name)), inner_(std::move(inner)), hook_(std::move(hook)), sends_none_(sends_none) {}
 
   const std::vector<int>& widths() const override { return inner_->widths(); }
   bool launches() const override { return inner_->launches(); }
   std::unique_ptr<BoundPass> bind(PassFeeds& feeds, int rows, const std::shared_ptr<KVCache>& cache) override {
-    return std::make_unique<HookedPass>(name_, inner_->bind(feeds, rows, cache), feeds, hook_);
+    return std::make_unique<HookedPass>(name_, inner_->bind(feeds, rows, cache), feeds, hook_, sends_none_);
   }
   std::shared_ptr<KVCache> make_cache() override { return inner_->make_cache(); }
 
@@ -49,6 +63,7 @@ class HookedSegment final : public Segment {
   std::string name_;
   std::unique_ptr<Segment> inner_;
   Hook hook_;
+  bool sends_none_;
 };
 
 class HookedDevice final : public Device {
@@ -83,7 +98,7 @@ class HookedDevice final : public Device {
     };
     auto inner =
         std::make_unique<OrtSegment>(facts, graph_of(facts, form_, name_), provider, capacity, open, shapes, later);
-    return std::make_unique<HookedSegment>(facts.name, std::move(inner), hook_);
+    return std::make_unique<HookedSegment>(facts.name, std::move(inner), hook_, sends_none);
   }
   int recorded_passes() const override { return stream ? stream->recorded.load() : 0; }
 
@@ -92,6 +107,8 @@ class HookedDevice final : public Device {
   bool binds = true;
   // What its passes are launched on, as a GPU's are: one session then takes all widths, fixed ones too.
   std::shared_ptr<DeviceStream> stream;
+  // Whether the ids that its passes send to the host name no token.
+  bool sends_none = false;
 
  private:
   std::string name_ = "cpu";

@@ -1,7 +1,9 @@
 // A stream for tests, over host memory: what it is told happens, but what goes to the host arrives only when someone
-// waits. Until then the host's memory holds what no pass would give.
+// waits. Until then the host's memory holds what no pass would give. Whoever waits for a mark finds what lies before
+// it, or, on a stream that hurries, all that was launched: a device may be anywhere between the two.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <vector>
@@ -13,6 +15,8 @@ namespace mirror {
 
 class LateStream final : public DeviceStream {
  public:
+  explicit LateStream(bool hurries = false) : hurries_(hurries) {}
+
   void* handle() const override { return nullptr; }
   // Freeing such memory waits for what copies from it, as CUDA does.
   std::shared_ptr<void> pinned(std::size_t bytes) override {
@@ -29,7 +33,7 @@ class LateStream final : public DeviceStream {
   }
   void download(void* host, const void* device, std::size_t bytes) override {
     const auto* first = static_cast<const std::byte*>(device);
-    launched_.push_back({host, nullptr, {first, first + bytes}});
+    launched_.push_back({host, device, {first, first + bytes}});
     std::memset(host, 0xee, bytes);
   }
   void spread(void* to, std::size_t pitch, const void* from, std::size_t bytes, std::size_t count) override {
@@ -37,6 +41,8 @@ class LateStream final : public DeviceStream {
       std::memcpy(static_cast<std::byte*>(to) + piece * pitch, static_cast<const std::byte*>(from) + piece * bytes,
                   bytes);
     ++spreads;
+    unread += std::any_of(launched_.begin(), launched_.end(),
+                          [from](const Copy& copy) { return copy.to != nullptr && copy.from == from; });
   }
   void wait() override { wait_for(arrived_ + launched_.size()); }
   std::unique_ptr<Mark> mark() override { return std::make_unique<LateMark>(*this); }
@@ -48,6 +54,8 @@ class LateStream final : public DeviceStream {
   }
 
   std::atomic<int> replayed{0}, spreads{0};
+  // Spreads of what was on its way to the host, and had not arrived there.
+  std::atomic<int> unread{0};
   // Whether a source was written over before its copy would have been made.
   std::atomic<bool> spoilt{false};
 
@@ -83,6 +91,7 @@ class LateStream final : public DeviceStream {
   };
 
   void wait_for(std::size_t place) {
+    if (hurries_ && arrived_ < place) place = arrived_ + launched_.size();
     for (; arrived_ < place; ++arrived_, launched_.pop_front()) {
       const Copy& copy = launched_.front();
       if (copy.to != nullptr)
@@ -92,6 +101,7 @@ class LateStream final : public DeviceStream {
     }
   }
 
+  const bool hurries_;
   std::deque<Copy> launched_;
   std::size_t arrived_ = 0;
 };
