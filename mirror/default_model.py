@@ -24,6 +24,8 @@ from mirror.errors import ExportError
 CACHE_VARIABLE = "MIRROR_CACHE"
 EXPORT_MODULES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate")
 _DRAFT_RECORD = "distill.json"
+# How graphs are written: those of a bundle that an earlier export left in the cache may not take what is fed now.
+_GRAPHS = 2
 INSTALL_EXPORT = 'pip install "mirror-sd[export]"'
 
 
@@ -110,7 +112,7 @@ def cache_folder() -> Path:
 def default_bundle_path(model: PackagedModel = DEFAULT_MODEL, options: DefaultOptions = DEFAULT_OPTIONS) -> Path:
     """Return where the default bundle belongs: another model, option or schema has another place."""
     described = {**dataclasses.asdict(options), "draft": _draft_identity(options.draft)}
-    facts = {"model": model.sha256, "options": described, "schema": SCHEMA_VERSION}
+    facts = {"model": model.sha256, "options": described, "schema": SCHEMA_VERSION, "graphs": _GRAPHS}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     return cache_folder() / "bundles" / f"{model.name.lower()}-{options.precision}-{key}"
 
