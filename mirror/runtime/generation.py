@@ -253,22 +253,29 @@ class Generation:
 
     def _run_target(self, window: Ints, overlap: _Overlap | None, state: ExitState | None) -> Logits:
         """Return the window's logits, once they are there; offer the exit's candidates on the way."""
-        if self._ahead is not None:
-            return self._take_ahead()
-        state = state or self._run_prefix(window)
-        if self._note_states(len(self._sequence) - 1) and overlap is not None:
-            overlap.meeting.state(self._unseen[-1][1])
-        ahead: Logits | None = None
-        if overlap is not None and self._shape.wants_exit:
-            with self._log.span("exit_head"):
-                candidates = self._target.run_exit_head(state)
-                # Behind the exit head already: the device must not wait for the host that reads it.
-                ahead = self._target.run_suffix(state) if candidates.pending else None
-                overlap.meeting.offer(candidates.read())
+        logits, self._ahead = self._ahead, None
+        if logits is None:
+            state = state or self._run_prefix(window)
+            logits = self._serve_draft(state, overlap)
         with self._log.span("suffix"):
-            logits = ahead or self._target.run_suffix(state)
+            if logits is None:
+                assert state is not None
+                logits = self._target.run_suffix(state)
             self._look_ahead(logits)
             logits.wait()
+        return logits
+
+    def _serve_draft(self, state: ExitState, overlap: _Overlap | None) -> Logits | None:
+        """Give the draft what it wants of a pass under way; return the suffix's logits if that was launched with it."""
+        if self._note_states(len(self._sequence) - 1) and overlap is not None:
+            overlap.meeting.state(self._unseen[-1][1])
+        if overlap is None or not self._shape.wants_exit:
+            return None
+        with self._log.span("exit_head"):
+            candidates = self._target.run_exit_head(state)
+            # Behind the exit head already: the device must not wait for the host that reads it.
+            logits = self._target.run_suffix(state) if candidates.pending else None
+            overlap.meeting.offer(candidates.read())
         return logits
 
     def _look_ahead(self, logits: Logits) -> None:
@@ -278,15 +285,6 @@ class Generation:
         if lone and self._room > 1 and logits.unread is not None:
             logits.fetch()
             self._ahead = self._target.run_ahead(logits, len(self._sequence))
-
-    def _take_ahead(self) -> Logits:
-        """Return the logits of the pass that was launched already."""
-        logits, self._ahead = self._ahead, None
-        assert logits is not None
-        with self._log.span("suffix"):
-            self._look_ahead(logits)
-            logits.wait()
-        return logits
 
     def _note_states(self, start: int) -> bool:
         """Keep the last prefix pass's states for a draft that is fed by them; return whether it is."""
