@@ -7,6 +7,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from mirror.export.cut import _likeliest
 from mirror.export.emit import Emitter
 from mirror.export.top_k import BLOCK, first_greatest, first_greatest_plainly, greatest
 
@@ -69,3 +70,17 @@ def test_many_equals_are_all_greatest() -> None:
     values, places = _session(50257, 9).run(["values", "places"], {"numbers": numbers})
     assert not values.any()
     assert all(len(set(row)) == 9 and max(row) < 50257 for row in places[0].tolist())
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+def test_a_row_whose_greatest_logit_is_no_finite_number_names_no_token(dtype: ir.DataType) -> None:
+    size = 20 * BLOCK
+    logits = ir.Value(name="given", type=ir.TensorType(dtype), shape=ir.Shape([1, "rows", size]))
+    graph = ir.Graph([logits], [], nodes=[], opset_imports={"": 23}, name="likeliest")
+    graph.outputs.extend(_likeliest(Emitter(graph, logits), logits)[1:])
+    session = ort.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
+    numbers = np.random.default_rng(0).standard_normal((1, 5, size)).astype(dtype.numpy())
+    numbers[0, 1], numbers[0, 2, 7], numbers[0, 3] = np.nan, np.inf, -np.inf
+    numbers[0, 4], numbers[0, 4, 11] = -np.inf, -3
+    (tokens,) = session.run(["token_ids"], {"given": numbers})
+    assert tokens.tolist() == [[int(numbers[0, 0].argmax()), -1, -1, -1, 11]]
