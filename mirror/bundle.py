@@ -192,6 +192,8 @@ class Settings:
         gamma: draft tokens of a window.
         fanout: branches per window position, gamma + 1 counts.
         tokens_per_pass: tokens that each of a rollout's passes gives a branch; the last number repeats.
+        branches_per_pass: branches that take part in each of them at most, the likeliest; the last number repeats.
+        proposal_tokens_per_pass: tokens that each pass of a proposal gives, where the target waits for it.
         target_device, suffix_device, draft_device: where segments run.
     """
 
@@ -200,6 +202,8 @@ class Settings:
     gamma: int | None = None
     fanout: tuple[int, ...] | None = None
     tokens_per_pass: tuple[int, ...] | None = None
+    branches_per_pass: tuple[int, ...] | None = None
+    proposal_tokens_per_pass: tuple[int, ...] | None = None
     target_device: str | None = None
     suffix_device: str | None = None
     draft_device: str | None = None
@@ -382,7 +386,7 @@ def _chat(item: dict[str, Any] | None) -> ChatFormat | None:
 
 
 def _settings(item: dict[str, Any]) -> Settings:
-    lists = {name: tuple(item[name]) for name in ("fanout", "tokens_per_pass") if item.get(name) is not None}
+    lists = {name: tuple(value) for name, value in item.items() if isinstance(value, list)}
     return Settings(**{**item, **lists})
 
 

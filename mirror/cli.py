@@ -404,6 +404,18 @@ def plan(
     callback=read_counts,
     help="Tokens that each rollout pass gives a branch.  [default: the bundle's setting, else 1]",
 )
+@click.option(
+    "--branches-per-pass",
+    metavar="COUNTS",
+    callback=read_counts,
+    help="Branches that take part in each rollout pass.  [default: the bundle's setting, else all]",
+)
+@click.option(
+    "--proposal-tokens-per-pass",
+    metavar="COUNTS",
+    callback=read_counts,
+    help="Tokens of each pass of a proposal.  [default: as for rollouts]",
+)
 @click.option("--max-length", type=click.IntRange(min=2), help="Capacity in tokens.  [default: the bundle's]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads in all.  [default: the physical cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -416,6 +428,8 @@ def compile_ahead(
     kappa: int | None,
     fanout: tuple[int, ...] | None,
     tokens_per_pass: tuple[int, ...] | None,
+    branches_per_pass: tuple[int, ...] | None,
+    proposal_tokens_per_pass: tuple[int, ...] | None,
     max_length: int | None,
     threads: int | None,
     as_json: bool,
@@ -435,6 +449,8 @@ def compile_ahead(
         kappa=kappa,
         fanout=fanout,
         tokens_per_pass=tokens_per_pass,
+        branches_per_pass=branches_per_pass,
+        proposal_tokens_per_pass=proposal_tokens_per_pass,
     )
     reports = [compile_bundle(bundle, open_compiler(name), options, print_notice, weights) for name in compile_for]
     if as_json:
@@ -508,6 +524,19 @@ def devices(as_json: bool) -> None:
     help="Tokens that each rollout pass gives a branch; the last repeats.  [default: the bundle's setting, else 1]",
 )
 @click.option(
+    "--branches-per-pass",
+    metavar="COUNTS",
+    callback=read_counts,
+    help="Branches that take part in each rollout pass, the likeliest; the last repeats.  [default: the bundle's "
+    "setting, else all]",
+)
+@click.option(
+    "--proposal-tokens-per-pass",
+    metavar="COUNTS",
+    callback=read_counts,
+    help="Tokens that each pass gives where the target waits for a proposal.  [default: as for rollouts]",
+)
+@click.option(
     "--num-assistant-tokens", type=click.IntRange(min=1), help="The most draft tokens of a round.  [default: gamma]"
 )
 @click.option("--max-ngram-size", default=3, type=click.IntRange(min=1), help="Longest n-gram that is looked up.")
@@ -540,6 +569,8 @@ def run(
     kappa: int | None,
     fanout: tuple[int, ...] | None,
     tokens_per_pass: tuple[int, ...] | None,
+    branches_per_pass: tuple[int, ...] | None,
+    proposal_tokens_per_pass: tuple[int, ...] | None,
     num_assistant_tokens: int | None,
     max_ngram_size: int,
     max_length: int | None,
@@ -587,6 +618,8 @@ def run(
         kappa=kappa,
         fanout=fanout,
         tokens_per_pass=tokens_per_pass,
+        branches_per_pass=branches_per_pass,
+        proposal_tokens_per_pass=proposal_tokens_per_pass,
         candidates=candidates,
         pinned=pinned,
         max_ngram_size=max_ngram_size,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mirror.bundle import DraftFacts, read_manifest
+from mirror.bundle import DraftFacts, Settings, read_manifest
+from mirror.errors import RequestError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.loading import Plan, draft_shapes, make_plan
 from mirror.runtime.lookahead import branch_passes, rollout_capacity
@@ -50,6 +52,35 @@ def test_a_pass_keeps_its_own_program_where_no_other_serves_it(bundle: Path) -> 
     assert draft_shapes(alone, few=True) == draft_shapes(alone, few=False) == [PassShape(1, 1)]
     few_logits = planned(bundle, (2, *[0] * 11), (4, 2, 1, 4), streams=3)
     assert PassShape(4, 4) in draft_shapes(few_logits, few=True), "the wider (4, 2) has two logits, this wants four"
+
+
+def test_passes_for_fewer_branches_and_those_of_a_proposal_are_loaded_too(bundle: Path) -> None:
+    plan = planned(bundle, (4, 2, 1, 1, 0, 0, 0, 0), (1,), streams=3)
+    plan = dataclasses.replace(plan, branches_per_pass=(8, 8, 3), proposal_tokens_per_pass=(4,))
+    assert draft_shapes(plan, few=False) == [PassShape(*pair) for pair in [(1, 1), (3, 3), (4, 4), (6, 3), (8, 8)]]
+
+
+def test_a_bundles_limits_belong_to_its_passes(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    settings = Settings(tokens_per_pass=(1,), branches_per_pass=(3, 1), proposal_tokens_per_pass=(1,))
+    manifest = dataclasses.replace(manifest, settings=settings)
+    plan = make_plan(manifest, EngineOptions(), shared_cpu=False)
+    assert plan.branches_per_pass == (3, 1)
+    plan = make_plan(manifest, EngineOptions(tokens_per_pass=(1, 1)), shared_cpu=False)
+    assert (plan.branches_per_pass, plan.proposal_tokens_per_pass) == ((), (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"branches_per_pass": (2, 3)}, "branches_per_pass is (2, 3); its counts must be 1 or more and never rise"),
+        ({"branches_per_pass": (2, 0)}, "never rise"),
+        ({"proposal_tokens_per_pass": (2,)}, "proposal_tokens_per_pass is (2,); the draft has 0 streams"),
+    ],
+)
+def test_passes_that_can_not_be_are_refused(bundle: Path, options: dict[str, tuple[int, ...]], message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        make_plan(read_manifest(bundle), EngineOptions(**options), shared_cpu=False)
 
 
 @pytest.mark.parametrize("tokens_per_pass", [(1,), (1, 2, 4), (4,), (2, 1)])

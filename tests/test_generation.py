@@ -311,8 +311,17 @@ def test_random_models_windows_and_limits_give_the_plain_path(
     pinned = data.draw(st.booleans(), "pinned")
     per_pass = data.draw(st.lists(st.integers(1, 1 + spec.streams), min_size=1, max_size=3), "tokens per pass")
     per_pass = per_pass if spec.draft_kind == "model" else [1]
+    proposal = data.draw(st.none() | st.integers(1, 1 + spec.streams), "tokens per pass of a proposal")
+    limits = data.draw(st.lists(st.integers(1, 12), max_size=3), "branches per pass")
     modes = [data.draw(st.sampled_from([Mode.SERIAL, Mode.MIRROR]), "mode"), Mode.PLAIN]
-    options = EngineOptions(mode=modes[0], candidates=source, pinned=pinned, tokens_per_pass=tuple(per_pass))
+    options = EngineOptions(
+        mode=modes[0],
+        candidates=source,
+        pinned=pinned,
+        tokens_per_pass=tuple(per_pass),
+        branches_per_pass=tuple(sorted(limits, reverse=True)) or None,
+        proposal_tokens_per_pass=None if proposal is None or spec.draft_kind != "model" else (proposal,),
+    )
     # Devices that compile ahead take few widths, so passes are padded.
     target_device = HookedDevice(form=form, static=data.draw(st.booleans(), "static target"))
     draft_device = HookedDevice(form=form, static=data.draw(st.booleans(), "static draft"))

@@ -61,11 +61,12 @@ def test_given_tokens_lie_at_the_head_of_each_branch() -> None:
     follow = Launched(given, 3, 2).follow(ids, 3)
     assert follow is not None
     assert follow.numpy().tolist() == [[9, 8, 91, 7, 6, 92, 5, 4, 93]]
-    one = Launched(given, 3, 2).only(1).follow(np.array([[0, 0, 91]]), 3)
+    one = Launched(given, 3, 2).some(1, 1).follow(np.array([[0, 0, 91]]), 3)
     assert one is not None
     assert one.numpy().tolist() == [[7, 6, 91]]
-    assert Launched(given, 3, 2).only(2).fetch().tokens().tolist() == [[5, 4]]
-    assert Known(np.array([[3], [4]])).only(1).tokens().tolist() == [[4]]
+    assert Launched(given, 3, 2).some(2, 1).fetch().tokens().tolist() == [[5, 4]]
+    assert Launched(given, 3, 2).some(0, 2).some(1, 1).fetch().tokens().tolist() == [[7, 6]]
+    assert Known(np.array([[3], [4], [5]])).some(1, 2).tokens().tolist() == [[4], [5]]
 
 
 def test_what_is_fetched_is_what_was_there_then() -> None:

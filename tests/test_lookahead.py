@@ -13,7 +13,7 @@ from mirror.errors import RequestError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft, Meeting
 from mirror.runtime.loading import load_draft, make_plan
-from mirror.runtime.lookahead import BranchPass, branch_passes, rollout_capacity
+from mirror.runtime.lookahead import BranchPass, branch_passes, branches_at, rollout_capacity
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Mode
 from tests.hooked import HookedDevice
@@ -38,6 +38,18 @@ def test_passes_give_the_depth_and_fit_the_capacity(tokens: list[int], depth: in
     assert sum(item.gives for item in passes) == depth
     slots = sum(branches * item.rows for item in passes)
     assert rollout_capacity(20, depth, branches, tokens) >= 20 + depth + 1 + slots - 1
+
+
+def test_later_passes_may_take_fewer_branches() -> None:
+    assert [branches_at(number, 9, (8, 4)) for number in range(4)] == [8, 4, 4, 4]
+    assert [branches_at(number, 3, (8, 4)) for number in range(2)] == [3, 3]
+    assert branches_at(5, 9, ()) == 9
+
+
+def test_a_cache_has_room_for_the_branches_that_go_on_and_for_a_proposals_streams() -> None:
+    whole = rollout_capacity(20, 4, 10, (1,))
+    assert whole - rollout_capacity(20, 4, 10, (1,), (10, 5, 2)) == 5 + 8 + 8
+    assert rollout_capacity(20, 4, 10, (1,), most_given=4) == whole + 3
 
 
 def streamed(tokens: Sequence[int], passes: Sequence[BranchPass], vocab: int) -> list[int]:

@@ -23,13 +23,13 @@ CONTEXT = np.array([1, 2, 3, 4, 5])
 class _Watched:
     """A draft whose passes are noted; `decide_after` decides the outcome when that many branch passes began."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **options: tuple[int, ...]) -> None:
         self.widths: list[int] = []
         self.meeting = Meeting()
         self.decide_after = -1
         self.outcome = Outcome(0, 0)
         manifest = read_manifest(folder)
-        plan = make_plan(manifest, EngineOptions(candidates=CandidateSource.DRAFT), shared_cpu=True)
+        plan = make_plan(manifest, EngineOptions(candidates=CandidateSource.DRAFT, **options), shared_cpu=True)
         self.draft: Draft = load_draft(folder, manifest, HookedDevice(self._note), plan)
 
     def _note(self, name: str, feeds: Mapping[str, Tensor]) -> None:
@@ -69,6 +69,44 @@ def test_only_the_taken_branch_goes_on_once_the_outcome_is_known(watched: _Watch
         accepted = window[1 : 1 + watched.outcome.accepted].tolist()
         expected = oracle_greedy(MODEL, [*CONTEXT, *accepted, watched.outcome.next_token], 3)
         assert narrowed.find(watched.outcome) == whole.find(watched.outcome) == tuple(expected)
+
+
+def test_only_the_likeliest_branches_go_on_in_passes_for_fewer(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b", LookupBundle(MODEL, MODEL, gamma=3, kappa=2))
+    whole, narrowing = _Watched(folder), _Watched(folder, branches_per_pass=(6, 4, 1))
+    window = _window(whole.draft)
+    everything = whole.draft.roll_out(CONTEXT, window, 3, Meeting(), None)
+    narrowing.draft.read(CONTEXT)
+    found = narrowing.draft.roll_out(CONTEXT, window, 3, Meeting(), None)
+    assert narrowing.widths == [6, 4, 1]
+    # First the first candidate of each position, then the second ones.
+    assert found.lengths.tolist() == [3, 1, 2, 1, 2, 2]
+    for accepted, token in zip(found.branches.accepted, found.branches.next_tokens, strict=True):
+        outcome = Outcome(int(accepted), int(token))
+        tokens = found.find(outcome)
+        assert tokens is not None
+        assert everything.find(outcome)[: len(tokens)] == tokens
+
+
+def test_a_branch_that_is_taken_goes_on_in_passes_for_fewer(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b", LookupBundle(MODEL, MODEL, gamma=3, kappa=2))
+    watched = _Watched(folder, branches_per_pass=(8, 4, 1))
+    window = _window(watched.draft)
+    whole = watched.draft.roll_out(CONTEXT, window, 3, Meeting(), None)
+    watched.widths.clear()
+    watched.decide_after = 1
+    watched.outcome = Outcome(int(whole.branches.accepted[-1]), int(whole.branches.next_tokens[-1]))
+    taken = watched.draft.roll_out(CONTEXT, window, 3, watched.meeting, None)
+    assert watched.widths == [8, 1, 1]
+    assert taken.lengths.tolist() == [1] * 7 + [3]
+
+
+def test_a_branch_without_a_token_is_not_prepared(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b", LookupBundle(MODEL, MODEL, gamma=3, kappa=2))
+    watched = _Watched(folder, branches_per_pass=(1,))
+    rollout = watched.draft.roll_out(CONTEXT, _window(watched.draft), 3, Meeting(), None)
+    assert rollout.branches.accepted.tolist() == [0]
+    assert rollout.lengths.tolist() == [3]
 
 
 def test_nothing_goes_on_once_no_branch_fits(watched: _Watched) -> None:

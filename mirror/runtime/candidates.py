@@ -50,6 +50,30 @@ def choose_branches(window: Ints, sources: Sequence[Candidates], fanout: Ints) -
     return Branches(accepted, ids[accepted, column])
 
 
+def by_likelihood(branches: Branches, fanout: Ints) -> Ints:
+    """Return the rows of branches by falling odds, as far as a fan-out tells, int64 [branches].
+
+    A fan-out gives each position the branches that are worth having beside all others, so the first third of one
+    position's is about as likely as the first third of another's.
+
+    Args:
+        branches: as `choose_branches` returns them, by position and within it by rank.
+        fanout: what they were chosen with.
+    """
+    first = np.searchsorted(branches.accepted, branches.accepted)  # of the same position
+    ranks = np.arange(1, len(branches) + 1) - first
+    order: Ints = np.argsort(ranks / fanout[branches.accepted], kind="stable")
+    return order
+
+
+def likeliest(branches: Branches, fanout: Ints, count: int) -> Branches:
+    """Return the `count` likeliest branches, in their order; see `by_likelihood`."""
+    if len(branches) <= count:
+        return branches
+    kept = np.sort(by_likelihood(branches, fanout)[:count])
+    return Branches(branches.accepted[kept], branches.next_tokens[kept])
+
+
 def _interleave(ids: Sequence[Ints]) -> Ints:
     """Return the columns of several `[width, top]` arrays by rank: first of each, second of each, ..."""
     if len(ids) == 1:

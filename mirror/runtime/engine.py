@@ -430,6 +430,8 @@ def load(
     kappa: int | None = None,
     fanout: ListLike[int] | None = None,
     tokens_per_pass: ListLike[int] | None = None,
+    branches_per_pass: ListLike[int] | None = None,
+    proposal_tokens_per_pass: ListLike[int] | None = None,
     candidates: str | CandidateSource | None = None,
     pinned: bool = False,
     draft_timeout_s: float = 30.0,
@@ -454,6 +456,10 @@ def load(
         fanout: the same per position, gamma + 1 counts; overrides kappa.
         tokens_per_pass: tokens that each of a rollout's passes gives a branch, at most 1 + the draft's streams;
             the last number repeats. None takes the bundle's setting, else 1.
+        branches_per_pass: branches that take part in each of those passes at most, the likeliest; the last number
+            repeats. None takes the bundle's setting, else all.
+        proposal_tokens_per_pass: as `tokens_per_pass`, for proposals that the target waits for. None takes the
+            bundle's setting, else `tokens_per_pass`.
         candidates: where the branches' first tokens come from: `exit`, `draft` or `both`; None takes the bundle's
             setting, else both.
         pinned: run every target pass after prefill at width gamma + 1, plain ones too, so that the
@@ -473,8 +479,10 @@ def load(
         max_length=max_length,
         gamma=gamma,
         kappa=kappa,
-        fanout=None if fanout is None else tuple(fanout),
-        tokens_per_pass=None if tokens_per_pass is None else tuple(tokens_per_pass),
+        fanout=_counts(fanout),
+        tokens_per_pass=_counts(tokens_per_pass),
+        branches_per_pass=_counts(branches_per_pass),
+        proposal_tokens_per_pass=_counts(proposal_tokens_per_pass),
         candidates=None if candidates is None else _source(candidates),
         pinned=pinned,
         draft_timeout_s=draft_timeout_s,
@@ -514,6 +522,10 @@ def _mode(mode: str | Mode | None) -> Mode | None:
         return Mode(mode)
     except ValueError:
         raise RequestError(f"mode is {mode!r}; it must be one of {', '.join(item.value for item in Mode)}") from None
+
+
+def _counts(counts: ListLike[int] | None) -> tuple[int, ...] | None:
+    return None if counts is None else tuple(counts)
 
 
 def _source(source: str | CandidateSource) -> CandidateSource:

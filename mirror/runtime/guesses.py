@@ -44,8 +44,8 @@ class Guess(Protocol):
         """Return ids `[1, width]` with these tokens in them, a branch every `stride`; None if they are there."""
         ...
 
-    def only(self, branch: int) -> Guess:
-        """Return one branch's."""
+    def some(self, first: int, count: int) -> Guess:
+        """Return those of `count` branches from the `first`-th on."""
         ...
 
 
@@ -81,9 +81,9 @@ class Known:
         """Return None: the ids hold them already."""
         return None
 
-    def only(self, branch: int) -> Known:
-        """Return one branch's."""
-        return Known(self.values[branch : branch + 1])
+    def some(self, first: int, count: int) -> Known:
+        """Return some branches'."""
+        return Known(self.values[first : first + count])
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,6 @@ class Launched:
         """Return ids that are completed where the pass ran, or by who takes them."""
         return FollowOn(ids, self.given, self.first, self.branches, self.count, stride)
 
-    def only(self, branch: int) -> Launched:
-        """Return one branch's."""
-        return Launched(self.given, 1, self.count, self.first + branch * self.count)
+    def some(self, first: int, count: int) -> Launched:
+        """Return some branches'."""
+        return Launched(self.given, count, self.count, self.first + first * self.count)

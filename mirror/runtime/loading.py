@@ -14,7 +14,7 @@ from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft
 from mirror.runtime.features import FeatureStore
 from mirror.runtime.generation import RoundShape
-from mirror.runtime.lookahead import branch_passes, rollout_capacity
+from mirror.runtime.lookahead import branch_passes, branches_at, rollout_capacity
 from mirror.runtime.memory import SegmentMemory, segment_memory
 from mirror.runtime.model_draft import DraftSegments, DraftShape, ModelDraft
 from mirror.runtime.ngram_draft import NgramDraft
@@ -35,6 +35,8 @@ class Plan:
     Attributes:
         fanout: int64 [gamma + 1], branches that may leave after each window position.
         tokens_per_pass: tokens that each of a rollout's passes gives a branch.
+        branches_per_pass: branches that take part in each of them; empty for all.
+        proposal_tokens_per_pass: tokens that each pass of a proposal gives.
         target_threads, draft_threads: CPU threads of each.
     """
 
@@ -44,6 +46,8 @@ class Plan:
     gamma: int
     fanout: Ints
     tokens_per_pass: tuple[int, ...]
+    branches_per_pass: tuple[int, ...]
+    proposal_tokens_per_pass: tuple[int, ...]
     target_threads: int
     draft_threads: int
     options: EngineOptions
@@ -52,6 +56,17 @@ class Plan:
     def branches(self) -> int:
         """The most rows of a rollout's pass."""
         return int(self.fanout.sum())
+
+    @property
+    def draft_capacity(self) -> int:
+        """Slots of the draft's cache."""
+        return self.max_length + self.rollout_slots
+
+    @property
+    def rollout_slots(self) -> int:
+        """Slots of it that no context takes."""
+        sizes = self.gamma, self.branches, self.tokens_per_pass, self.branches_per_pass
+        return rollout_capacity(0, *sizes, most_given=max(self.proposal_tokens_per_pass))
 
     @property
     def target_capacity(self) -> int:
@@ -72,6 +87,7 @@ def make_plan(manifest: Manifest, options: EngineOptions, *, shared_cpu: bool) -
             f"mode {mode.value} needs a draft and this bundle has none; use mode plain, or export it with --draft"
         )
     gamma = options.gamma or settings.gamma or decoding.gamma
+    tokens_per_pass = _tokens_per_pass(manifest, options)
     total = options.threads or physical_cores()
     target_threads, draft_threads = split_threads(total, mode, shared=shared_cpu)
     plan = Plan(
@@ -80,7 +96,9 @@ def make_plan(manifest: Manifest, options: EngineOptions, *, shared_cpu: bool) -
         max_length=_max_length(manifest, options),
         gamma=gamma,
         fanout=_fanout(manifest, options, gamma),
-        tokens_per_pass=_tokens_per_pass(manifest, options),
+        tokens_per_pass=tokens_per_pass,
+        branches_per_pass=_branches_per_pass(manifest, options),
+        proposal_tokens_per_pass=_proposal_tokens_per_pass(manifest, options, tokens_per_pass),
         target_threads=target_threads,
         draft_threads=draft_threads,
         options=options,
@@ -91,7 +109,7 @@ def make_plan(manifest: Manifest, options: EngineOptions, *, shared_cpu: bool) -
 
 
 def _check_rollout(plan: Plan) -> None:
-    rows = rollout_capacity(0, plan.gamma, plan.branches, plan.tokens_per_pass)
+    rows = plan.rollout_slots
     if rows > ROLLOUT_SLOTS:
         raise RequestError(
             f"a rollout of {plan.branches} branches by {plan.gamma} tokens takes {rows} rows, and a draft's graphs "
@@ -128,13 +146,33 @@ def _fanout(manifest: Manifest, options: EngineOptions, gamma: int) -> Ints:
 
 
 def _tokens_per_pass(manifest: Manifest, options: EngineOptions) -> tuple[int, ...]:
-    streams = manifest.draft.streams if manifest.draft is not None else 0
     tokens = options.tokens_per_pass or manifest.settings.tokens_per_pass or (1,)
+    return _checked_tokens(manifest, "tokens_per_pass", tokens)
+
+
+def _proposal_tokens_per_pass(manifest: Manifest, options: EngineOptions, rollout: tuple[int, ...]) -> tuple[int, ...]:
+    # A user's own passes are for proposals too, where the bundle's would otherwise serve half of what was asked.
+    tuned = manifest.settings.proposal_tokens_per_pass if options.tokens_per_pass is None else None
+    tokens = options.proposal_tokens_per_pass or tuned or rollout
+    return _checked_tokens(manifest, "proposal_tokens_per_pass", tokens)
+
+
+def _checked_tokens(manifest: Manifest, name: str, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    streams = manifest.draft.streams if manifest.draft is not None else 0
     if min(tokens) < 1 or max(tokens) > 1 + streams:
         raise RequestError(
-            f"tokens_per_pass is {tokens}; the draft has {streams} streams, so its counts must be 1 to {1 + streams}"
+            f"{name} is {tokens}; the draft has {streams} streams, so its counts must be 1 to {1 + streams}"
         )
     return tokens
+
+
+def _branches_per_pass(manifest: Manifest, options: EngineOptions) -> tuple[int, ...]:
+    # The bundle's limits belong to the bundle's passes.
+    tuned = manifest.settings.branches_per_pass if options.tokens_per_pass is None else None
+    limits = options.branches_per_pass or tuned or ()
+    if limits and (min(limits) < 1 or list(limits) != sorted(limits, reverse=True)):
+        raise RequestError(f"branches_per_pass is {limits}; its counts must be 1 or more and never rise")
+    return limits
 
 
 def round_shape(manifest: Manifest, plan: Plan, most: int | None = None) -> RoundShape:
@@ -170,14 +208,13 @@ def memory_needs(
     folder: Path, manifest: Manifest, placement: Placement, plan: Plan
 ) -> Mapping[str, Sequence[SegmentMemory]]:
     """Return what each device, by its name, is to hold: every segment's weights and cache."""
-    draft_capacity = rollout_capacity(plan.max_length, plan.gamma, plan.branches, plan.tokens_per_pass)
     needs: dict[str, list[SegmentMemory]] = {}
     for name, device in placement.segments.items():
         segment, drafts = manifest.segments.get(name), device is placement.draft and name.startswith("draft")
         if segment is None or (drafts and plan.mode is Mode.PLAIN):
             continue
         # The draft's two graphs share one cache.
-        capacity = 0 if name == "draft_trunk" else draft_capacity if drafts else plan.target_capacity
+        capacity = 0 if name == "draft_trunk" else plan.draft_capacity if drafts else plan.target_capacity
         needs.setdefault(device.name, []).append(segment_memory(folder, segment, device.form, capacity))
     return needs
 
@@ -216,7 +253,7 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
         return NgramDraft(plan.source, plan.fanout, plan.options.max_ngram_size)
     if facts is None or facts.kind != "model":
         raise BundleError(f"the bundle's draft is {facts}; this version runs drafts of kind model or ngram")
-    capacity = rollout_capacity(plan.max_length, plan.gamma, plan.branches, plan.tokens_per_pass)
+    capacity = plan.draft_capacity
     trunk, branch = _segment(manifest, "draft_trunk"), _segment(manifest, "draft")
     shape = DraftShape(
         capacity=capacity,
@@ -225,6 +262,8 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
         target_vocab_size=manifest.model.vocab_size,
         prefill_chunk=manifest.decoding.prefill_chunk,
         tokens_per_pass=plan.tokens_per_pass,
+        branches_per_pass=plan.branches_per_pass,
+        proposal_tokens_per_pass=plan.proposal_tokens_per_pass,
     )
     threads, window, steps = plan.draft_threads, [PassShape(plan.gamma + 1)], draft_shapes(plan, few=device.few_shapes)
     segments = DraftSegments(
@@ -241,10 +280,12 @@ def draft_shapes(plan: Plan, *, few: bool) -> list[PassShape]:
     Args:
         few: leave out one branch's where the program of all branches', padded, serves it as well.
     """
-    passes = branch_passes(plan.tokens_per_pass, plan.gamma)
-    whole, single = (
-        {PassShape(count * item.rows, count * item.gives) for item in passes} for count in (plan.branches, 1)
-    )
+    whole, single = set(), set()
+    for number, item in enumerate(branch_passes(plan.tokens_per_pass, plan.gamma)):
+        count = branches_at(number, plan.branches, plan.branches_per_pass)
+        whole.add(PassShape(count * item.rows, count * item.gives))
+        single.add(PassShape(item.rows, item.gives))
+    single |= {PassShape(item.rows, item.gives) for item in branch_passes(plan.proposal_tokens_per_pass, plan.gamma)}
     return sorted(whole | {shape for shape in single if not (few and _is_covered(shape, whole))})
 
 

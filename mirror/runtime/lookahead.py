@@ -44,7 +44,32 @@ def branch_passes(tokens_per_pass: Sequence[int], depth: int, first: int = 1) ->
     return tuple(passes)
 
 
-def rollout_capacity(max_length: int, gamma: int, branches: int, tokens_per_pass: Sequence[int]) -> int:
-    """Return the slots that a draft's cache needs: the context, a window, and all rows of a rollout's passes."""
-    rows = sum(branches * item.rows for item in branch_passes(tokens_per_pass, gamma))
-    return max_length + gamma + max(tokens_per_pass) + max(rows, 1)
+def branches_at(number: int, branches: int, branches_per_pass: Sequence[int]) -> int:
+    """Return how many of a rollout's branches take part in a pass.
+
+    Args:
+        number: the pass's, from 0.
+        branches_per_pass: at most so many in pass 0, 1, ...; the last number repeats. Empty sets no limit.
+    """
+    if not branches_per_pass:
+        return branches
+    return min(branches, branches_per_pass[min(number, len(branches_per_pass) - 1)])
+
+
+def rollout_capacity(
+    max_length: int,
+    gamma: int,
+    branches: int,
+    tokens_per_pass: Sequence[int],
+    branches_per_pass: Sequence[int] = (),
+    most_given: int = 1,
+) -> int:
+    """Return the slots that a draft's cache needs: the context, a window, and all rows of a rollout's passes.
+
+    Args:
+        branches_per_pass: see `branches_at`.
+        most_given: tokens that a pass of a proposal gives, at most.
+    """
+    passes = enumerate(branch_passes(tokens_per_pass, gamma))
+    rows = sum(branches_at(number, branches, branches_per_pass) * item.rows for number, item in passes)
+    return max_length + gamma + max(*tokens_per_pass, most_given) + max(rows, 1)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mirror.runtime.candidates import CandidateSource, choose_branches
+from mirror.runtime.candidates import CandidateSource, by_likelihood, choose_branches, likeliest
 from mirror.runtime.draft import Meeting
 from mirror.runtime.features import FeatureStore
 from mirror.runtime.feeds import NO_BRANCH, TRUNK_ROW, FeedPool, PassFeeds, chunk_width, fit_width
 from mirror.runtime.guesses import Guess, Known, Launched
-from mirror.runtime.lookahead import BranchPass, branch_passes
+from mirror.runtime.lookahead import BranchPass, branch_passes, branches_at
 from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Floats, Ints, Lane, Proposal, Rollout
 from mirror.runtime.sampling import CoupledNoise
 from mirror.runtime.spans import SpanLog
@@ -43,7 +43,9 @@ class DraftShape:
         vocab_size: its own vocabulary, rows of its embedding; the first stream's id.
         target_vocab_size: tokens past it are never proposed.
         prefill_chunk: the most rows of a pass, where the device takes any.
-        tokens_per_pass: tokens that pass 0, 1, ... gives a branch; the last number repeats.
+        tokens_per_pass: tokens that pass 0, 1, ... of a rollout gives a branch; the last number repeats.
+        branches_per_pass: branches that take part in pass 0, 1, ..., the likeliest; see `lookahead.branches_at`.
+        proposal_tokens_per_pass: tokens that each pass of a proposal gives, while the target waits for it.
     """
 
     capacity: int
@@ -52,6 +54,8 @@ class DraftShape:
     target_vocab_size: int
     prefill_chunk: int
     tokens_per_pass: tuple[int, ...] = (1,)
+    branches_per_pass: tuple[int, ...] = ()
+    proposal_tokens_per_pass: tuple[int, ...] = (1,)
 
 
 class ModelDraft:
@@ -100,7 +104,7 @@ class ModelDraft:
         # A context read ahead of time would have no logits left; its last row is run again.
         self._know(tokens.shape[0] - 1)
         with self._log.span("propose"):
-            first, *others = branch_passes(self._shape.tokens_per_pass, count)
+            first, *others = branch_passes(self._shape.proposal_tokens_per_pass, count)
             guesses = [self._advance(tokens, first.gives, noise).fetch()]
             for item in others:
                 width = fit_width(self._segments.branch.widths, item.rows)
@@ -152,7 +156,9 @@ class ModelDraft:
         if noise is not None:
             after = self._filled - window.size + 1 + np.arange(window.size)
             sources = [noise.ordered(source, after) for source in sources]
-        return choose_branches(window, sources, self._fanout)
+        branches = choose_branches(window, sources, self._fanout)
+        # One that the first pass leaves out would propose nothing, where a proposal made anew may.
+        return likeliest(branches, self._fanout, branches_at(0, len(branches), self._shape.branches_per_pass))
 
     # Passes over the trunk.
 
@@ -201,24 +207,25 @@ class ModelDraft:
     def _continue(
         self, branches: Branches, base: int, depth: int, meeting: Meeting, noise: CoupledNoise | None
     ) -> tuple[Ints, Ints]:
-        """Continue every branch; once the outcome is known, only the one that it takes.
+        """Continue every branch as far as it may go; once the outcome is known, only the one that it takes.
 
         Returns:
             Tokens int64 [branches, depth], and how many of each row are filled, int64 [branches].
         """
         continuations = np.zeros((len(branches), depth), np.int64)
         lengths = np.zeros(len(branches), np.int64)
-        rows = np.arange(len(branches))
-        tokens: Guess = Known(branches.next_tokens[:, None])
+        rows = by_likelihood(branches, self._fanout)
+        tokens: Guess = Known(branches.next_tokens[rows, None])
         given: list[tuple[Ints, Guess]] = []
         first_slot = slot = self._filled
         read = 0
-        for item in branch_passes(self._shape.tokens_per_pass, depth):
-            alive = _still_wanted(rows, branches, meeting)
+        for number, item in enumerate(branch_passes(self._shape.tokens_per_pass, depth)):
+            limit = branches_at(number, len(branches), self._shape.branches_per_pass)
+            alive = _still_wanted(rows, branches, meeting, limit)
             if alive.size == 0:
                 break
             if alive.size < rows.size:
-                tokens = tokens.only(int(np.flatnonzero(rows == alive[0])[0]))
+                tokens = tokens.some(int(np.flatnonzero(rows == alive[0])[0]), alive.size)
                 rows = alive
             starts = base + 1 + branches.accepted[rows]
             slot, tokens = self._branch_pass(item, tokens, rows, starts, read, slot, noise)
@@ -352,11 +359,11 @@ class ModelDraft:
         return cut
 
 
-def _still_wanted(rows: Ints, branches: Branches, meeting: Meeting) -> Ints:
-    """Return the rows worth continuing: all until the outcome is known, then at most one."""
+def _still_wanted(rows: Ints, branches: Branches, meeting: Meeting, limit: int) -> Ints:
+    """Return the rows worth continuing: the first ones until the outcome is known, then at most one."""
     if meeting.abandoned:
         return rows[:0]
     if meeting.outcome is None:
-        return rows
+        return rows[:limit]
     taken = branches.row(meeting.outcome)
     return rows[:0] if taken is None else rows[rows == taken]

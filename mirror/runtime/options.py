@@ -24,6 +24,10 @@ class EngineOptions:
         fanout: the same, per position, gamma + 1 counts; overrides kappa.
         tokens_per_pass: tokens that each of a rollout's passes gives a branch, by the draft's streams; the last
             number repeats.
+        branches_per_pass: branches that take part in each of a rollout's passes at most, the likeliest; the last
+            number repeats. None takes the bundle's setting, else all.
+        proposal_tokens_per_pass: as `tokens_per_pass`, for proposals that the target waits for; None takes the
+            bundle's setting, else `tokens_per_pass`.
         candidates: where the branches' first tokens come from; None takes the bundle's setting, else both.
         pinned: every target pass after prefill runs at width gamma + 1.
         draft_timeout_s: how long to wait for the draft before it counts as hung.
@@ -37,6 +41,8 @@ class EngineOptions:
     kappa: int | None = None
     fanout: tuple[int, ...] | None = None
     tokens_per_pass: tuple[int, ...] | None = None
+    branches_per_pass: tuple[int, ...] | None = None
+    proposal_tokens_per_pass: tuple[int, ...] | None = None
     candidates: CandidateSource | None = None
     pinned: bool = False
     draft_timeout_s: float = 30.0
