@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,7 +15,9 @@ from mirror.bench import gpu_overlap, gpu_rounds, gpu_sweep
 from mirror.bench.gpu_budget import merge
 from mirror.bench.gpu_rounds import overlap, streams_of
 from mirror.bench.gpu_shared import SharedDevice
+from mirror.bench.settings import read_settings
 from mirror.bundle import read_manifest
+from mirror.runtime.options import EngineOptions
 from mirror.targets.base import LoadRequest, PassShape
 from mirror.targets.cpu import CpuDevice
 from tests.lookup import Lookup, LookupBundle, agreeing_table, random_table, write_bundle
@@ -67,20 +71,35 @@ def test_arms_answer_the_same_questions_over_one_target(bundle: Path, questions:
     assert {event["name"] for event in trace["traceEvents"]} > {"prefix", "suffix", "exit_head", "trunk", "rollout"}
 
 
-def test_a_variant_is_one_changed_setting(bundle: Path, questions: Path, tmp_path: Path) -> None:
+def test_variants_run_with_their_settings(bundle: Path, questions: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep.json"
     options = ["--target-device", "cpu", "--draft-device", "cpu", "--tokens", "40", "--questions", str(questions)]
-    changes = ["--gamma", "1", "--fanout", "1,0,0,0", "--source", "exit"]
-    run = CliRunner().invoke(gpu_sweep.main, [str(bundle), *options, *changes, "--out", str(out)])
+    texts = ["gamma=1", "fanout=1,0,0,0 candidates=draft", "mode=serial"]
+    variants = [part for text in texts for part in ("--variant", text)]
+    run = CliRunner().invoke(gpu_sweep.main, [str(bundle), *options, *variants, "--out", str(out)])
     assert run.exit_code == 0, run.output
-    rows = {row["what"]: row for row in json.loads(out.read_text())["rows"]}
-    assert list(rows) == ["plain", "as the bundle says", "gamma", "fanout", "candidates"]
-    assert all(row["same_text"] for row in rows.values())
-    assert rows["gamma"]["tokens_per_round"] <= 2 < rows["as the bundle says"]["tokens_per_round"]
-    assert rows["fanout"]["branches_per_round"] == 1
-    assert rows["fanout"]["reuse_rate"] < rows["as the bundle says"]["reuse_rate"]
-    bad = CliRunner().invoke(gpu_sweep.main, [str(bundle), *options, "--fanout", "8;4", "--out", str(out)])
-    assert "'8;4' is no list of numbers; write them like 8,4,2,1" in bad.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["plain", "mirror", "mirror", "mirror", "serial"]
+    assert [row["settings"] for row in rows] == ["", "", *texts]
+    assert all(row["same_text"] for row in rows)
+    _, own, narrow, one_branch, serial = rows
+    assert narrow["tokens_per_round"] <= 2 < own["tokens_per_round"] == serial["tokens_per_round"]
+    assert one_branch["branches_per_round"] == 1
+    assert one_branch["reuse_rate"] < own["reuse_rate"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fanout=8;4", "'8;4' is no list of numbers; write them like 8,4,2,1"),
+        ("branches=4", "'branches=4' is no setting; write name=value, with mode, candidates"),
+        ("gamma", "'gamma' is no setting"),
+        ("candidates=mine", "'candidates=mine' can't be read"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(text: str, message: str) -> None:
+    with pytest.raises(click.ClickException, match=re.escape(message)):
+        read_settings(text, EngineOptions())
 
 
 def test_step_and_rollout_run_alone_and_at_once(bundle: Path, tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ import numpy as np
 from mirror.bench.gpu_budget import common, length, merge
 from mirror.bench.gpu_clock import PassClock, Ran
 from mirror.bench.gpu_devices import open_watched
-from mirror.bench.gpu_rounds import numbers
 from mirror.bench.gpu_shared import SharedDevice
 from mirror.bench.provenance import gpu_name, provenance
+from mirror.bench.settings import read_settings
 from mirror.bundle import Manifest, read_manifest
 from mirror.runtime.draft import Draft, Meeting
 from mirror.runtime.loading import Plan, load_draft, load_target, make_plan
@@ -85,8 +85,11 @@ class Overlap:
         self._candidates = Candidates(kept.ids.copy(), logprobs)
 
     def step(self, meeting: Meeting) -> None:
-        """Run the target's step, offering the exit's candidates on the way."""
+        """Run the target's step, offering the exit's candidates on the way if they are wanted."""
         state = self._target.run_prefix(self._window, self._context.size - 1)
+        if not self._plan.source.needs_exit:
+            self._target.run_suffix(state).wait()
+            return
         candidates = self._target.run_exit_head(state)
         ahead = self._target.run_suffix(state) if candidates.pending else None
         meeting.offer(candidates.read())
@@ -180,7 +183,7 @@ def _ms(run: Callable[[], object]) -> float:
 @click.option("--draft-device", "draft_devices", multiple=True, default=["cuda:0"], show_default=True)
 @click.option("--context", default=500, show_default=True)
 @click.option("--max-length", default=1024, show_default=True)
-@click.option("--fanout", default=None, help="Branches after each window position, comma-separated.")
+@click.option("--settings", default="", help="Of the draft, such as 'candidates=draft tokens_per_pass=1'.")
 @click.option("--threads", type=int, default=None, help="CPU threads in all; the target's feeder is one of them.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
@@ -189,7 +192,7 @@ def main(
     draft_devices: Sequence[str],
     context: int,
     max_length: int,
-    fanout: str | None,
+    settings: str,
     threads: int | None,
     out: Path,
 ) -> None:
@@ -200,10 +203,10 @@ def main(
     rows: list[dict[str, Any]] = []
     for name in draft_devices:
         draft = open_watched(name, clock, Lane.DRAFT)
-        branches = None if fanout is None else numbers(fanout)
-        options = EngineOptions(mode=Mode.MIRROR, max_length=max_length, fanout=branches, threads=threads, pinned=True)
+        base = EngineOptions(mode=Mode.MIRROR, max_length=max_length, threads=threads, pinned=True)
+        options = read_settings(settings, base)
         overlap = load_overlap(bundle, manifest, target, draft, options, context)
-        rows.append({"draft_device": name, **vars(overlap.measure(clock))})
+        rows.append({"draft_device": name, "settings": settings, **vars(overlap.measure(clock))})
         click.echo(json.dumps(rows[-1]))
         out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

@@ -33,8 +33,8 @@ from mirror.bench.gpu_shared import SharedDevice
 from mirror.bench.prompts import load_prompts
 from mirror.bench.provenance import gpu_name, provenance
 from mirror.bench.questions import Question, read_questions
+from mirror.bench.settings import read_settings
 from mirror.bundle import Manifest, read_manifest
-from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.engine import Engine
 from mirror.runtime.loading import Placement, memory_needs
 from mirror.runtime.options import EngineOptions
@@ -118,9 +118,7 @@ def tokens_per_s(rounds: Iterable[Round]) -> float:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target-device", default="cuda:0", show_default=True)
 @click.option("--draft-device", "draft_devices", multiple=True, default=["cuda:0"], show_default=True)
-@click.option("--candidates", type=click.Choice([source.value for source in CandidateSource]), default=None)
-@click.option("--fanout", default=None, help="Branches after each window position, comma-separated.")
-@click.option("--passes", default=None, help="Tokens per pass of a rollout, comma-separated.")
+@click.option("--settings", default="", help="Of the draft, such as 'candidates=draft tokens_per_pass=1'.")
 @click.option("--threads", type=int, default=None, help="CPU threads in all; the target's feeder is one of them.")
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0], show_default=True)
 @click.option("--questions", "questions_file", type=click.Path(path_type=Path), default=None)
@@ -135,9 +133,7 @@ def main(
     bundle: Path,
     target_device: str,
     draft_devices: Sequence[str],
-    candidates: str | None,
-    fanout: str | None,
-    passes: str | None,
+    settings: str,
     threads: int | None,
     temperatures: Sequence[float],
     questions_file: Path | None,
@@ -151,15 +147,8 @@ def main(
 ) -> None:
     """Measure the modes of BUNDLE."""
     manifest, clock = read_manifest(bundle), PassClock()
-    source = None if candidates is None else CandidateSource(candidates)
-    options = EngineOptions(
-        max_length=max_length,
-        candidates=source,
-        fanout=None if fanout is None else numbers(fanout),
-        tokens_per_pass=None if passes is None else numbers(passes),
-        threads=threads,
-        pinned=True,
-        mode=Mode.MIRROR,
+    options = read_settings(
+        settings, EngineOptions(max_length=max_length, threads=threads, pinned=True, mode=Mode.MIRROR)
     )
     target = SharedDevice(open_watched(target_device, clock, Lane.TARGET))
     arms, memory = load_arms(bundle, manifest, options, target, draft_devices, clock)
@@ -168,6 +157,7 @@ def main(
         **provenance("mirror.bench.gpu_rounds"),
         "gpu": gpu_name(0),
         "bundle": bundle.name,
+        "settings": settings,
         "exit_layer": manifest.decoding.exit_layer,
         "questions": {"count": len(questions), "numbers": [question.number for question in questions]},
         "memory": memory,
@@ -187,18 +177,6 @@ def main(
             _write(out, facts, rows)
     for arm in arms:
         arm.engine.close()
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Return comma-separated numbers.
-
-    Raises:
-        click.ClickException: it is something else.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.ClickException(f"{text!r} is no list of numbers; write them like 8,4,2,1") from None
 
 
 def own_questions(per_kind: int) -> tuple[Question, ...]:

@@ -1,7 +1,8 @@
-"""Mirror mode with one setting changed at a time: window, branches, their shape, tokens per pass, source.
+"""Settings of a draft beside each other: window, branches, their shape, passes, source, mode.
 
-    python -m mirror.bench.gpu_sweep BUNDLE --questions spec_bench.jsonl --draft-device cuda:0 \
-        --gamma 3 --gamma 5 --fanout 8,8,8,8,8,8,8,8 --passes 1 --source draft --out docs/results/sweep-14b.json
+    python -m mirror.bench.gpu_sweep BUNDLE --questions spec_bench.jsonl --draft-device cuda:0 --variant gamma=5 \
+        --variant "candidates=draft tokens_per_pass=1 proposal_tokens_per_pass=1,2,4" --variant mode=serial \
+        --out docs/results/sweep-14b.json
 
 All variants run over one target, in turns, beside plain decoding and the bundle's own settings. Passes of the target
 are pinned to one width, so a narrower window does not make them cheaper. For other exit layers, run it on bundles that
@@ -11,8 +12,8 @@ are pinned to one width, so a narrower window does not make them cheaper. For ot
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ import click
 
 from mirror.bench.gpu_clock import PassClock
 from mirror.bench.gpu_devices import open_watched
-from mirror.bench.gpu_rounds import Arm, Asked, compare, numbers, own_questions, row
+from mirror.bench.gpu_rounds import Arm, Asked, compare, own_questions, row
 from mirror.bench.gpu_shared import SharedDevice
 from mirror.bench.provenance import gpu_name, provenance
 from mirror.bench.questions import read_questions
+from mirror.bench.settings import read_settings
 from mirror.bundle import Manifest, read_manifest
-from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.engine import Engine
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Lane, Mode
@@ -42,28 +43,12 @@ _SHOWN = (
 )
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One changed setting: its name and value as written, and what it means to the engine.
-
-    Attributes:
-        most: draft tokens of a window at most; None means the bundle's gamma.
-    """
-
-    what: str
-    value: str
-    options: EngineOptions
-    most: int | None = None
-
-
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target-device", default="cuda:0", show_default=True)
 @click.option("--draft-device", default="cuda:0", show_default=True)
-@click.option("--gamma", "gammas", multiple=True, type=int)
-@click.option("--fanout", "fanouts", multiple=True, help="Branches by window position, comma-separated.")
-@click.option("--passes", multiple=True, help="Tokens per pass, comma-separated.")
-@click.option("--source", "sources", multiple=True, type=click.Choice([source.value for source in CandidateSource]))
+@click.option("--variant", "variants", multiple=True, help="Settings, such as 'candidates=draft tokens_per_pass=1'.")
+@click.option("--threads", type=int, default=None, help="CPU threads in all; the target's feeder is one of them.")
 @click.option("--questions", "questions_file", type=click.Path(path_type=Path), default=None)
 @click.option("--per-category", default=1, show_default=True)
 @click.option("--tokens", default=48, show_default=True)
@@ -74,10 +59,8 @@ def main(
     bundle: Path,
     target_device: str,
     draft_device: str,
-    gammas: Sequence[int],
-    fanouts: Sequence[str],
-    passes: Sequence[str],
-    sources: Sequence[str],
+    variants: Sequence[str],
+    threads: int | None,
     questions_file: Path | None,
     per_category: int,
     tokens: int,
@@ -85,21 +68,24 @@ def main(
     max_length: int | None,
     out: Path,
 ) -> None:
-    """Measure variants of BUNDLE's settings in mirror mode."""
+    """Measure variants of BUNDLE's settings, in mirror mode where they don't say another."""
     manifest, clock = read_manifest(bundle), PassClock()
-    base = EngineOptions(max_length=max_length, pinned=True, mode=Mode.MIRROR)
+    base = EngineOptions(max_length=max_length, threads=threads, pinned=True, mode=Mode.MIRROR)
     target = SharedDevice(open_watched(target_device, clock, Lane.TARGET))
     questions = own_questions(per_category) if questions_file is None else read_questions(questions_file, per_category)
-    chosen = list(variants(base, gammas, fanouts, passes, sources))
     arms: list[Arm] = []
-    for variant in chosen:
-        engine = Engine(bundle, manifest, variant.options, target, open_watched(draft_device, clock, Lane.DRAFT))
+    for text in ("", *variants):
+        # The target's passes stay at the bundle's width, so a narrower window is a matter of each answer.
+        settings = read_settings(text, base)
+        engine = Engine(
+            bundle, manifest, replace(settings, gamma=None), target, open_watched(draft_device, clock, Lane.DRAFT)
+        )
         arms += [Arm(Mode.PLAIN, draft_device, engine)] if not arms else []
-        arms.append(Arm(Mode.MIRROR, draft_device, engine, variant.most))
+        arms.append(Arm(settings.mode or Mode.MIRROR, draft_device, engine, settings.gamma))
     compare(arms, questions, Asked(tokens, 0.0), repeats)
     rows = [
-        {"what": variant.what, "value": variant.value, **_shown(row(arm, arms[0], questions))}
-        for variant, arm in zip([Variant("plain", "", base), *chosen], arms, strict=True)
+        {"mode": arm.mode.value, "settings": text, **_shown(row(arm, arms[0], questions))}
+        for text, arm in zip(("", "", *variants), arms, strict=True)
     ]
     for item in rows:
         click.echo(json.dumps(item))
@@ -107,21 +93,6 @@ def main(
     out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     for arm in arms:
         arm.engine.close()
-
-
-def variants(
-    base: EngineOptions, gammas: Sequence[int], fanouts: Sequence[str], passes: Sequence[str], sources: Sequence[str]
-) -> Iterator[Variant]:
-    """Yield the bundle's own settings, then each change to them."""
-    yield Variant("as the bundle says", "", base)
-    for gamma in gammas:
-        yield Variant("gamma", str(gamma), base, gamma)
-    for fanout in fanouts:
-        yield Variant("fanout", fanout, replace(base, fanout=numbers(fanout)))
-    for counts in passes:
-        yield Variant("tokens_per_pass", counts, replace(base, tokens_per_pass=numbers(counts)))
-    for source in sources:
-        yield Variant("candidates", source, replace(base, candidates=CandidateSource(source)))
 
 
 def _shown(found: dict[str, Any]) -> dict[str, Any]:
