@@ -139,19 +139,22 @@ def test_pass_times_lie_on_a_line() -> None:
 def test_a_hidden_rollout_costs_nothing_and_a_long_one_what_sticks_out() -> None:
     always = RoundShares(1.0, 3.0)
     # Starts at 2 ms, three passes of 2 ms end at 8; the target ends at 10.
-    assert mirror_ms(COSTS, 3, 11, (1,), CandidateSource.DRAFT, always) == 10.5
+    assert mirror_ms(COSTS, 3, 11, (1,), CandidateSource.DRAFT, always, (1,)) == 10.5
     # With the exit's candidates it starts at 5 and ends at 11, as the target does.
-    assert mirror_ms(COSTS, 3, 11, (1,), CandidateSource.BOTH, always) == 11.5
+    assert mirror_ms(COSTS, 3, 11, (1,), CandidateSource.BOTH, always, (1,)) == 11.5
     # Seven passes: four begin before 10 ms, three go on for one branch at 1 ms each.
-    assert mirror_ms(COSTS, 7, 11, (1,), CandidateSource.DRAFT, always) == 13.5
+    assert mirror_ms(COSTS, 7, 11, (1,), CandidateSource.DRAFT, always, (1,)) == 13.5
     # Two tokens a pass of two rows: 22 rows take 3.1 ms, then 33 rows 4.2.
-    assert mirror_ms(COSTS, 4, 11, (2,), CandidateSource.DRAFT, always) == pytest.approx(10.5)
+    assert mirror_ms(COSTS, 4, 11, (2,), CandidateSource.DRAFT, always, (1,)) == pytest.approx(10.5)
 
 
 def test_an_outcome_that_was_not_prepared_is_drafted_anew() -> None:
     never = RoundShares(0.0, 3.0)
-    assert mirror_ms(COSTS, 3, 11, (1,), CandidateSource.DRAFT, never) == 10.5 + propose_ms(COSTS, 3, (1,), 1)
+    assert mirror_ms(COSTS, 3, 11, (1,), CandidateSource.DRAFT, never, (1,)) == 10.5 + propose_ms(COSTS, 3, (1,), 1)
     assert propose_ms(COSTS, 3, (1,), 1) == 3.0
+    # One pass of three rows instead of three passes, for the proposal alone.
+    quick = mirror_ms(COSTS, 3, 11, (1,), CandidateSource.DRAFT, never, (3,))
+    assert quick == 10.5 + propose_ms(COSTS, 3, (3,), 1) == pytest.approx(10.5 + 1.2)
     assert serial_ms(COSTS, 3, (1,), 3.0) == pytest.approx(10.5 + 1.2 + 1.0 + 1.0)  # reads three rows first
 
 
@@ -172,6 +175,18 @@ def test_better_drafts_get_longer_windows() -> None:
     serial = best_of_each(list(predict_serial(known(0.9))), 1)[0]
     mirror = best_of_each(list(predict_mirror(known(0.9), 3)), 1)[0]
     assert mirror.tokens_per_s > serial.tokens_per_s
+
+
+def test_rollouts_that_are_hidden_take_more_passes_than_proposals_that_are_waited_for() -> None:
+    box = known(0.8)
+    worse = [shares * 0.9 + np.eye(shares.size)[0] * 0.1 for shares in box.stands[(1,)]]
+    box = dataclasses.replace(box, stands={**box.stands, (4,): worse})
+    # Three tokens fit beside the target in passes of one token each.
+    best = best_of_each([item for item in predict_mirror(box, 3) if item.choice.gamma == 3], 1)[0]
+    assert (best.choice.tokens_per_pass, best.choice.proposal_tokens_per_pass) == ((1,), (4,))
+    same = [item for item in predict_mirror(box, 3) if not item.choice.proposal_tokens_per_pass]
+    assert {item.choice.tokens_per_pass for item in same} == {(1,), (4,)}
+    assert best.choice.settings().proposal_tokens_per_pass == (4,)
 
 
 # what is seen of a real engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -31,7 +32,11 @@ class Places:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to run a bundle on this box; a plain one has neither draft tokens nor branches."""
+    """One way to run a bundle on this box; a plain one has neither draft tokens nor branches.
+
+    Attributes:
+        proposal_tokens_per_pass: of proposals that the target waits for; empty for the rollout's.
+    """
 
     mode: Mode
     places: Places
@@ -40,6 +45,7 @@ class Choice:
     source: CandidateSource = CandidateSource.BOTH
     fanout: tuple[int, ...] = ()
     tokens_per_pass: tuple[int, ...] = (1,)
+    proposal_tokens_per_pass: tuple[int, ...] = ()
 
     @property
     def branches(self) -> int:
@@ -58,6 +64,7 @@ class Choice:
             gamma=self.gamma,
             fanout=self.fanout if mirror else None,
             tokens_per_pass=self.tokens_per_pass if self.tokens_per_pass != (1,) else None,
+            proposal_tokens_per_pass=self.proposal_tokens_per_pass or None,
             target_device=places.target,
             suffix_device=places.suffix,
             draft_device=places.draft,
@@ -97,13 +104,13 @@ class Knowledge:
 
 
 def predict_mirror(known: Knowledge, kappa: int) -> Iterator[Prediction]:
-    """Yield a prediction for every window, source, number of branches and tokens per pass."""
-    for tokens_per_pass, stands in known.stands.items():
-        for shares in stands:
-            for source, foresight in known.foresight.items():
-                for branches in _BRANCHES:
-                    if branches <= kappa * shares.size:
-                        yield _mirror(known, tokens_per_pass, shares, source, foresight, branches)
+    """Yield a prediction for every window, source, number of branches, and passes of rollout and proposal."""
+    for rollout, proposal in product(known.stands, repeat=2):
+        for shares, proposed in zip(known.stands[rollout], known.stands[proposal], strict=True):
+            passes = _Passes(rollout, proposal, shares, proposed)
+            for (source, foresight), branches in product(known.foresight.items(), _BRANCHES):
+                if branches <= kappa * shares.size:
+                    yield _mirror(known, passes, source, foresight, branches)
 
 
 def predict_serial(known: Knowledge) -> Iterator[Prediction]:
@@ -116,19 +123,26 @@ def predict_serial(known: Knowledge) -> Iterator[Prediction]:
             yield Prediction(choice, time_ms, RoundShares(0.0, committed))
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """Tokens per pass of rollouts, which are hidden, and of proposals; how often 0, 1, .. tokens of each stand."""
+
+    rollout: tuple[int, ...]
+    proposal: tuple[int, ...]
+    prepared: Shares
+    proposed: Shares
+
+
 def _mirror(
-    known: Knowledge,
-    tokens_per_pass: tuple[int, ...],
-    shares: Shares,
-    source: CandidateSource,
-    foresight: Foresight,
-    branches: int,
+    known: Knowledge, passes: _Passes, source: CandidateSource, foresight: Foresight, branches: int
 ) -> Prediction:
-    gamma = shares.size - 1
-    fanout = foresight.shape(shares, branches)
-    chance = RoundShares(foresight.prepared(shares, fanout), _committed(shares))
-    choice = Choice(Mode.MIRROR, known.places, known.exit_layer, gamma, source, fanout, tokens_per_pass)
-    time_ms = mirror_ms(known.mirror, gamma, branches, tokens_per_pass, source, chance)
+    gamma = passes.prepared.size - 1
+    fanout = foresight.shape(passes.prepared, branches)
+    found = foresight.prepared(passes.prepared, fanout)
+    committed = found * _committed(passes.prepared) + (1.0 - found) * _committed(passes.proposed)
+    chance, own = RoundShares(found, committed), passes.proposal if passes.proposal != passes.rollout else ()
+    choice = Choice(Mode.MIRROR, known.places, known.exit_layer, gamma, source, fanout, passes.rollout, own)
+    time_ms = mirror_ms(known.mirror, gamma, branches, passes.rollout, source, chance, passes.proposal)
     return Prediction(choice, time_ms, chance)
 
 

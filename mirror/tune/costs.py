@@ -74,6 +74,7 @@ def mirror_ms(
     tokens_per_pass: Sequence[int],
     source: CandidateSource,
     shares: RoundShares,
+    proposal_tokens_per_pass: Sequence[int],
 ) -> float:
     """Return the mean time of an overlapped round.
 
@@ -92,7 +93,7 @@ def mirror_ms(
         passes = passes[1:]
     rest = sum(_pass_ms(costs, item, 1) for item in passes)
     waiting = max(clock - target_end, 0.0) + shares.prepared * rest
-    redraft = (1.0 - shares.prepared) * propose_ms(costs, gamma, tokens_per_pass, 1)
+    redraft = (1.0 - shares.prepared) * propose_ms(costs, gamma, proposal_tokens_per_pass, 1)
     return target_end + waiting + redraft + costs.host_ms
 
 

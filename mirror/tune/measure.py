@@ -85,6 +85,7 @@ def open_engine(folder: Path, choice: Choice, work: Workload, wrap: Callable[[De
         gamma=choice.gamma or None,
         fanout=choice.fanout or None,
         tokens_per_pass=choice.tokens_per_pass,
+        proposal_tokens_per_pass=choice.proposal_tokens_per_pass or None,
         candidates=choice.source,
         pinned=work.pinned,
     )

@@ -92,7 +92,7 @@ class Row:
             "" if plain else str(choice.gamma),
             choice.source.value if mirror else "",
             ",".join(map(str, choice.fanout)) if mirror else "",
-            "" if plain else ",".join(map(str, choice.tokens_per_pass)),
+            "" if plain else _passes(choice),
             f"{told.shares.committed:.2f}" if told else "",
             f"{told.shares.prepared:.0%}" if told and mirror else "",
             f"{told.tokens_per_s:.1f}" if told else "",
@@ -249,6 +249,12 @@ def _unpredicted(
     return [*whole, *(dataclasses.replace(choice, mode=Mode.SERIAL, fanout=()) for choice in whole)]
 
 
+def _passes(choice: Choice) -> str:
+    """Return tokens per pass, and after a stroke those of proposals where they are others."""
+    parts = [choice.tokens_per_pass, choice.proposal_tokens_per_pass]
+    return " / ".join(",".join(map(str, part)) for part in parts if part)
+
+
 # --- measuring ------------------------------------------------------------------------------------
 
 
@@ -308,12 +314,15 @@ def _stands(
     gammas = range(1, choice.gamma + 1)
     stands: dict[tuple[int, ...], list[Shares]] = {(1,): [accepted_shares(right, gamma) for gamma in gammas]}
     streams = manifest.draft.streams if manifest.draft is not None else 0
-    for most in sorted({2, 1 + streams} & set(range(2, 2 + streams))):
-        say(f"measuring {most} tokens per pass")
-        serial = dataclasses.replace(choice, mode=Mode.SERIAL, fanout=(), tokens_per_pass=(most,))
+    schedules: set[tuple[int, ...]] = {(most,) for most in {2, 1 + streams} & set(range(2, 2 + streams))}
+    if manifest.settings.tokens_per_pass is not None:
+        schedules.add(manifest.settings.tokens_per_pass)
+    for passes in sorted(schedules - set(stands)):
+        say(f"measuring {', '.join(map(str, passes))} tokens per pass")
+        serial = dataclasses.replace(choice, mode=Mode.SERIAL, fanout=(), tokens_per_pass=passes)
         counts = accepted_counts(folder, serial, work)
         if counts:
-            stands[(most,)] = [shares_of_counts(counts, gamma) for gamma in gammas]
+            stands[passes] = [shares_of_counts(counts, gamma) for gamma in gammas]
     return stands
 
 
