@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from mirror.targets import (
     DeviceInfo,
     DeviceName,
     cuda,
+    cuda_driver,
     list_devices,
     open_device,
     parse_device_name,
@@ -167,8 +169,9 @@ def _run(code: str, environment: dict[str, str] | None = None) -> str:
 class _NoStream:
     """A stream of a GPU that isn't there; nothing is ever copied on it."""
 
-    def __init__(self, index: int, *, urgent: bool) -> None:
+    def __init__(self, index: int, *, urgent: bool, share: float = 1.0) -> None:
         self.handle = 1000 * index + urgent
+        self.share = share
 
 
 @pytest.fixture
@@ -205,6 +208,32 @@ def test_gpus_are_listed_and_opened_by_index() -> None:
     assert (device.name, device.form) == ("cuda:1", Form.INPLACE)
     with pytest.raises(DeviceError, match=r"cuda:2 isn't there: the driver lists cuda:0 \(NVIDIA A\), cuda:1"):
         open_device("cuda:2")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_draft_has_a_part_of_the_gpu_that_its_target_computes_on() -> None:
+    def share(name: str, beside: str | None) -> float:
+        device = open_device(name, background=True, beside=None if beside is None else open_device(beside))
+        assert isinstance(device, cuda.CudaDevice)
+        return device.stream.share  # type: ignore[attr-defined,no-any-return]
+
+    assert share("cuda:0", "cuda:0") < 1.0
+    assert share("cuda:1", "cuda:0") == share("cuda:0", "cpu") == share("cuda:0", None) == 1.0
+
+
+@pytest.mark.parametrize("missing", ["cuGreenCtxStreamCreate", None])
+def test_a_driver_without_parts_of_gpus_gives_none(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        """A driver before 550: either it lacks the calls, or they fail."""
+
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            if name == missing:
+                raise AttributeError(name)
+            return lambda *arguments: 801  # not supported
+
+    monkeypatch.setattr(cuda_driver, "load_driver", Driver)
+    assert cuda_driver.part_stream(0, 40, -5) is None
+    assert cuda_driver.multiprocessors(0) is None
 
 
 def test_a_gpu_keeps_its_tensors_and_float32() -> None:
@@ -310,8 +339,8 @@ def test_a_pair_of_devices_gives_the_plain_text(target: str, draft: str, mode: M
     with open_engine(
         bundle,
         EngineOptions(mode=mode, threads=2),
-        target=open_device(target),
-        draft=open_device(draft, background=True),
+        target=(on := open_device(target)),
+        draft=open_device(draft, background=True, beside=on if mode is Mode.MIRROR else None),
     ) as engine:
         assert list(engine.generate_tokens(prompt, max_new_tokens=40).tokens) == expected
         # The first prompt's start again: a cache that was rolled back.
@@ -334,6 +363,17 @@ def test_a_suffix_on_another_device_gives_the_plain_text(suffix: str, mode: Mode
         assert list(engine.generate_tokens([1, 2, 3], max_new_tokens=40).tokens) == oracle_greedy(
             spec.target, [1, 2, 3], 40
         )
+
+
+@GPU
+def test_a_drafts_part_of_a_gpu_is_about_what_was_asked_for() -> None:
+    _needs("cuda:0")
+    whole = cuda_driver.multiprocessors(0)
+    device = open_device("cuda:0", background=True, beside=open_device("cuda:0"))
+    assert isinstance(device, cuda.CudaDevice)
+    assert isinstance(device.stream, cuda.CudaStream)
+    assert whole is not None
+    assert 0.2 * whole < (device.stream.multiprocessors or whole) < 0.8 * whole
 
 
 @GPU

@@ -10,18 +10,21 @@ from mirror.targets.base import Device
 PLUGIN_PREFIX = "plugin:"
 
 
-def open_watched(name: str, clock: PassClock, lane: Lane) -> Device:
+def open_watched(name: str, clock: PassClock, lane: Lane, beside: Device | None = None) -> Device:
     """Return a device whose passes a clock notes; `plugin:CPU` is OpenVINO's plugin for ONNX Runtime.
+
+    Args:
+        beside: the device of a target that computes at the same time as this one.
 
     Raises:
         DeviceError: it isn't there.
     """
-    return clock.watched(_open(name, background=lane is Lane.DRAFT), lane)
+    return clock.watched(_open(name, lane is Lane.DRAFT, beside), lane)
 
 
-def _open(name: str, *, background: bool) -> Device:
+def _open(name: str, background: bool, beside: Device | None) -> Device:
     if not name.startswith(PLUGIN_PREFIX):
-        return open_device(name, background=background)
+        return open_device(name, background=background, beside=beside)
     from mirror.targets.openvino_plugin import open_plugin_device
 
     return open_plugin_device(name.removeprefix(PLUGIN_PREFIX), None)

@@ -196,12 +196,14 @@ def load_arms(
     arms: list[Arm] = []
     memory = []
     for name in draft_devices:
-        draft = open_watched(name, clock, Lane.DRAFT)
+        draft = open_watched(name, clock, Lane.DRAFT, beside=target)
         before = free_memory(target.name).bytes
         engine = Engine(bundle, manifest, options, target, draft)
         needs = memory_needs(bundle, manifest, Placement(target, target, draft), engine.plan)
         arms += [Arm(Mode.PLAIN, name, engine)] if not arms else []
-        arms += [Arm(Mode.SERIAL, name, engine), Arm(Mode.MIRROR, name, engine)]
+        # In turns with the target a draft has the whole GPU.
+        in_turns = Engine(bundle, manifest, options, target, open_watched(name, clock, Lane.DRAFT))
+        arms += [Arm(Mode.SERIAL, name, in_turns), Arm(Mode.MIRROR, name, engine)]
         memory.append(
             {
                 "draft_device": name,

@@ -77,9 +77,8 @@ def main(
     for text in ("", *variants):
         # The target's passes stay at the bundle's width, so a narrower window is a matter of each answer.
         settings = read_settings(text, base)
-        engine = Engine(
-            bundle, manifest, replace(settings, gamma=None), target, open_watched(draft_device, clock, Lane.DRAFT)
-        )
+        draft = open_watched(draft_device, clock, Lane.DRAFT, target if settings.mode is Mode.MIRROR else None)
+        engine = Engine(bundle, manifest, replace(settings, gamma=None), target, draft)
         arms += [Arm(Mode.PLAIN, draft_device, engine)] if not arms else []
         arms.append(Arm(settings.mode or Mode.MIRROR, draft_device, engine, settings.gamma))
     compare(arms, questions, Asked(tokens, 0.0), repeats)

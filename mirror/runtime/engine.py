@@ -498,13 +498,16 @@ def load(
     # Settings hold together: a suffix was placed beside the target's device of the same settings.
     tuned = settings.suffix_device if target_device in (None, settings.target_device) else None
     target = open_device(target_device or settings.target_device or "cpu")
+    overlaps = (options.mode or Mode(settings.mode or Mode.MIRROR)) is Mode.MIRROR
     suffix = suffix_device or tuned
     return Engine(
         folder,
         manifest,
         options,
         target,
-        open_device(draft_device or settings.draft_device or "cpu", background=True),
+        open_device(
+            draft_device or settings.draft_device or "cpu", background=True, beside=target if overlaps else None
+        ),
         suffix_device=None if suffix is None else open_device(suffix),
         free_memory=free_memory,
     )

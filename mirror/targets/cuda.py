@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 from pathlib import Path
 
 import onnxruntime as ort
 
 from mirror.bundle import Form
 from mirror.errors import DeviceError
+from mirror.targets.cuda_driver import load_driver
 from mirror.targets.cuda_runtime import CudaStream
 from mirror.targets.onnxruntime_session import DeviceStream, Memory, OnnxRuntimeDevice, Provider
 
@@ -23,6 +23,9 @@ PROVIDER = "CUDAExecutionProvider"
 INSTALL_CUDA = 'pip install "mirror-sd[cuda]" && pip install --force-reinstall --no-deps "onnxruntime-gpu>=1.31,<1.33"'
 
 _NAME_BYTES = 256
+
+# Of a GPU's multiprocessors, for a draft beside a target.
+_DRAFT_SHARE = 0.4
 # What a GPU must compute itself: on the CPU it would copy the whole cache there and back in every layer.
 _ATTENTION = "GroupQueryAttention"
 
@@ -31,7 +34,8 @@ class CudaDevice(OnnxRuntimeDevice):
     """One NVIDIA GPU, by its index in the driver's list. Its passes are recorded as CUDA graphs, one per width.
 
     A draft's computes on an urgent stream, so that its small kernels find their way between those of a
-    target that fills the GPU.
+    target that fills the GPU; and beside a target on a part of the multiprocessors, so that they hold up only a part
+    of each of the target's.
 
     Attributes:
         stream: what its passes are launched on.
@@ -87,11 +91,12 @@ def cuda_provider(index: int, stream: DeviceStream) -> Provider:
     )
 
 
-def open_cuda(index: int, *, background: bool = False) -> CudaDevice:
+def open_cuda(index: int, *, background: bool = False, beside: bool = False) -> CudaDevice:
     """Return a GPU by its index.
 
     Args:
-        background: whether it is for a draft, which shares the GPU with a target.
+        background: whether it is for a draft, which may share the GPU with a target.
+        beside: whether it does, and at the same time.
 
     Raises:
         DeviceError: the runtime has no CUDA provider, or there is no such GPU.
@@ -105,7 +110,7 @@ def open_cuda(index: int, *, background: bool = False) -> CudaDevice:
         raise DeviceError(f"cuda:{index} isn't there: the driver lists {listed}; use one of these")
     # Finds the CUDA and cuDNN libraries that come as Python packages.
     ort.preload_dlls()
-    return CudaDevice(index, CudaStream(index, urgent=background))
+    return CudaDevice(index, CudaStream(index, urgent=background, share=_DRAFT_SHARE if beside else 1.0))
 
 
 def cuda_missing() -> str | None:
@@ -120,12 +125,8 @@ def cuda_missing() -> str | None:
 @functools.cache
 def driver_gpus() -> tuple[str, ...]:
     """Return the names of the GPUs that the NVIDIA driver lists, none without a driver."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return ()
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+    driver, count = load_driver(), ctypes.c_int()
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return ()
     return tuple(_gpu_name(driver, index) for index in range(count.value))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ from onnxruntime.capi import build_and_package_info
 
 from mirror.errors import DeviceError
 from mirror.targets.base import Array
+from mirror.targets.cuda_driver import PartStream, multiprocessors, part_stream
+
+_LOG = logging.getLogger("mirror")
 
 _NON_BLOCKING = 1  # the stream doesn't wait for the default stream's work
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
@@ -44,10 +48,15 @@ class CudaStream:
 
     Attributes:
         handle: the stream's address, as ONNX Runtime's `user_compute_stream` takes it.
+        multiprocessors: how many of the GPU's its kernels run on; None for all.
     """
 
-    def __init__(self, index: int, *, urgent: bool) -> None:
+    def __init__(self, index: int, *, urgent: bool, share: float = 1.0) -> None:
         """Make a stream; the kernels of an urgent one go first where they compete for the GPU.
+
+        Args:
+            share: the part of the GPU's multiprocessors that its kernels may run on. It is all of them where the
+                driver is too old for parts (before 550), which the log says.
 
         Raises:
             DeviceError: the CUDA runtime is missing or failed.
@@ -57,9 +66,13 @@ class CudaStream:
         self._select()
         _call("cudaDeviceGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest))
         priority = greatest.value if urgent else least.value
-        _call("cudaStreamCreateWithPriority", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING), priority)
-        assert stream.value is not None
-        self.handle: int = stream.value
+        part = None if share == 1.0 else self._part(share, priority)
+        if part is None:
+            _call("cudaStreamCreateWithPriority", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING), priority)
+            assert stream.value is not None
+            part = PartStream(stream.value, None)
+        self.handle = part.handle
+        self.multiprocessors = part.multiprocessors
 
     def pinned(self, dtype: str, shape: Sequence[int]) -> Array:
         """Return a zeroed host array that the GPU copies to and from without a detour."""
@@ -140,6 +153,14 @@ class CudaStream:
     def _copy(self, target: int, source: int, size: int, kind: int) -> None:
         pointers = ctypes.c_void_p(target), ctypes.c_void_p(source)
         _call("cudaMemcpyAsync", *pointers, ctypes.c_size_t(size), ctypes.c_int(kind), self._stream)
+
+    def _part(self, share: float, priority: int) -> PartStream | None:
+        _call("cudaFree", None)  # makes the context that the part belongs to
+        whole = multiprocessors(self._index)
+        part = None if whole is None else part_stream(self._index, round(share * whole), priority)
+        if part is None:
+            _LOG.warning("cuda:%d: this driver gives no part of a GPU; draft and target share it whole", self._index)
+        return part
 
     def _select(self) -> None:
         """Make this stream's GPU the calling thread's: new memory and streams are made on that one."""

@@ -6,11 +6,11 @@ Not knowing is an answer too: nothing is refused on a guess.
 from __future__ import annotations
 
 import ctypes
-import functools
 import sys
 from pathlib import Path
 
 from mirror.targets.base import FreeMemory
+from mirror.targets.cuda_driver import load_driver
 from mirror.targets.names import DeviceFamily, parse_device_name
 
 HOST = "host memory"
@@ -39,7 +39,7 @@ def host_free_bytes() -> int | None:
 
 def cuda_free_bytes(index: int) -> int | None:
     """Return a GPU's free memory as its driver says; None without a driver or such a GPU."""
-    driver = _cuda_driver()
+    driver = load_driver()
     free, total, context, previous = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p(), ctypes.c_void_p()
     # The device's own context, which ONNX Runtime uses too. It is kept: letting it go would tear down
     # what the session is about to make again.
@@ -50,15 +50,6 @@ def cuda_free_bytes(index: int) -> int | None:
     found = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
     driver.cuCtxPopCurrent_v2(ctypes.byref(previous))
     return free.value if found == 0 else None
-
-
-@functools.cache
-def _cuda_driver() -> ctypes.CDLL | None:
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return None
-    return driver if driver.cuInit(0) == 0 else None
 
 
 def _meminfo_bytes(path: Path = Path("/proc/meminfo")) -> int | None:
