@@ -319,19 +319,19 @@ def test_openvino_artefacts_are_for_one_processor_and_thread_count(
     bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """OpenVINO imports a program of another machine unseen, so its record is what tells them apart."""
-    eight = dataclasses.replace(OPTIONS, threads=8)  # of which a draft beside the target gets two
-    compile_bundle(bundle, open_compiler("openvino:CPU"), eight, say_nothing)
+    twelve = dataclasses.replace(OPTIONS, threads=12)  # of which a draft beside the target gets three
+    compile_bundle(bundle, open_compiler("openvino:CPU"), twelve, say_nothing)
     with (
         caplog.at_level(logging.WARNING, logger="mirror"),
-        engine_on(bundle, open_device("openvino:CPU", background=True), eight),
+        engine_on(bundle, open_device("openvino:CPU", background=True), twelve),
     ):
         assert not caplog.messages, "compiling foresees the threads of running"
     made = compile_for(bundle, "openvino:CPU").made
-    assert {item.options["INFERENCE_NUM_THREADS"] for item in made} == {"1"}
+    assert {item.options["INFERENCE_NUM_THREADS"] for item in made} <= {"1", "2"}  # the least on this CPU
     assert all(item.file.endswith(".blob") and " for " in item.runtime for item in made)
     with (
         caplog.at_level(logging.WARNING, logger="mirror"),
-        engine_on(bundle, open_device("openvino:CPU", background=True), eight),
+        engine_on(bundle, open_device("openvino:CPU", background=True), twelve),
     ):
         pass
     assert "is not used: it was compiled with other options (INFERENCE_NUM_THREADS)" in caplog.text

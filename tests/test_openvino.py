@@ -14,13 +14,23 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mirror.bundle import Form, Graph, Segment
+from mirror.bundle import Form, Graph, Segment, TensorSpec
 from mirror.errors import DeviceError
 from mirror.targets import open_device
 from mirror.targets.base import Device, KVCache, LoadedSegment, LoadRequest, PassShape, to_host
+from mirror.targets.cores import allowed_cpus, may_have_amx
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.names import Precision
-from mirror.targets.openvino_settings import compile_settings, default_precision, kernel_cache, kernel_cache_folder
+from mirror.targets.openvino_settings import (
+    compile_settings,
+    default_precision,
+    kernel_cache,
+    kernel_cache_folder,
+    least_threads,
+    settle_precision,
+    slots_for,
+    takes_any_slots,
+)
 from mirror.targets.static_shapes import covering_shape, first_shapes
 from tests.rows_graph import KV_HEADS, LAYERS, VOCAB, write_segment
 
@@ -295,6 +305,125 @@ def test_one_program_for_all_widths_computes_the_same(
         past += width
 
 
+@pytest.fixture
+def stepwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes take their slots by steps of 8, so that a context of this file's capacity takes several."""
+    from mirror.targets import openvino_settings
+
+    monkeypatch.setattr(openvino_settings, "_SLOT_STEP", 8)
+
+
+@pytest.mark.usefixtures("stepwise")
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_draft_s_cache_is_as_long_as_what_is_filled(
+    folder: Path, segment: Segment, reference: Runner, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """To the last slot, back to a shorter context, which keeps the length, and to a new one, which doesn't."""
+    from mirror.targets import openvino
+
+    if shared:
+        monkeypatch.setattr(openvino, "_STATIC_WEIGHTS_BYTES", 0)
+    runner = Runner(open_device("openvino:CPU"), folder, segment)
+    slots = []
+    pasts = [(0, 6), (6, 1), (7, 1), (8, 6), (14, 4), (18, 6), (9, 4), (13, 4), (2, 1), (0, 4), (4, 1), (5, 6)]
+    for number, (past, width) in enumerate(pasts):
+        tokens = random_tokens(width, seed=number)
+        found, expected = runner.line(tokens, past), reference.line(tokens, past)
+        assert_same(found, expected)
+        np.testing.assert_array_equal(found["token_ids"], expected["token_ids"])
+        slots.append(runner.cache.slots)  # type: ignore[attr-defined]
+    assert slots == [8, 8, 8, 16, 24, 24, 24, 24, 24, 8, 8, 16]
+    assert runner.cache.capacity == CAPACITY
+
+
+@pytest.mark.usefixtures("stepwise")
+def test_a_draft_by_the_plugin_is_given_the_filled_slots(folder: Path, segment: Segment, reference: Runner) -> None:
+    """The plugin's segment, over a session of ONNX Runtime's CPU, which shows what it is given."""
+    from mirror.targets.onnxruntime_session import OnnxRuntimeSegment, Provider
+    from mirror.targets.openvino_plugin import FedSegment
+
+    fed = Runner(CpuDevice(Form.ROWS), folder, segment)
+    assert isinstance(fed.loaded, OnnxRuntimeSegment)
+    session, slots = fed.loaded.session, []
+
+    class Watched:
+        io_binding = session.io_binding
+
+        def run(self, names: Sequence[str], given: Mapping[str, NDArray[Any]]) -> Any:
+            slots.append({given["slot_branch"].shape[0], given["past_key_values.1.value"].shape[2]})
+            return session.run(names, given)
+
+    provider = Provider("CPUExecutionProvider")
+    fed.loaded = FedSegment("tiny", Watched(), segment.graphs[Form.ROWS], provider, any_slots=True)  # type: ignore[arg-type]
+    tokens = np.random.default_rng(4).integers(0, VOCAB, (STEPS, len(LEAVES)))
+    trunk = random_tokens(6)
+    for found, expected in zip(roll_out(fed, trunk, tokens), roll_out(reference, trunk, tokens), strict=True):
+        assert_same(found, expected)
+    assert_same(fed.line(random_tokens(6), 18), reference.line(random_tokens(6), 18))
+    assert slots == [{8}, {16}, {16}, {24}, {24}]
+
+
+@pytest.mark.usefixtures("stepwise")
+def test_padding_past_the_capacity_is_dropped_at_any_length(openvino: Runner, reference: Runner) -> None:
+    for runner in (openvino, reference):
+        for past in (0, 6, 12):
+            runner.line(random_tokens(6, seed=past), past)
+    for token, past in enumerate(range(18, CAPACITY)):
+        padded, exact = openvino.line([token], past, width=6), reference.line([token], past)
+        np.testing.assert_allclose(padded["logits"][:, 0], exact["logits"][:, 0], atol=TOLERANCE)
+    assert openvino.cache.slots == CAPACITY  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("stepwise")
+def test_branches_that_grow_the_cache_keep_their_rows(openvino: Runner, reference: Runner) -> None:
+    """Trunk, branches and branch map go through two growths: 6 slots of the trunk, then 4 of each pass."""
+    tokens = np.random.default_rng(4).integers(0, VOCAB, (STEPS, len(LEAVES)))
+    trunk = random_tokens(6)
+    for found, expected in zip(roll_out(openvino, trunk, tokens), roll_out(reference, trunk, tokens), strict=True):
+        assert_same(found, expected)
+    assert openvino.cache.slots == 24  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("stepwise")
+def test_stale_rows_of_a_longer_context_are_not_read(openvino: Runner, reference: Runner) -> None:
+    for runner in (openvino, reference):
+        runner.line(random_tokens(6), 0)
+        runner.line(random_tokens(6, seed=2), 6)
+    for tensor in openvino.cache.tensors.values():  # type: ignore[attr-defined]
+        tensor.data[:, :, 3:] = STALE
+    tail = random_tokens(4, seed=3)
+    assert_same(openvino.line(tail, 3), reference.line(tail, 3))
+
+
+@pytest.mark.usefixtures("stepwise")
+def test_a_program_compiled_ahead_takes_the_whole_capacity(folder: Path, segment: Segment, tmp_path: Path) -> None:
+    """Beside one of any number of slots, on one cache: rows written by either are read by the other."""
+    import shutil
+
+    bundle = Path(shutil.copytree(folder, tmp_path / "bundle"))
+    device = open_device("openvino:CPU")
+    request = LoadRequest(bundle, segment, [PassShape(4, 4)], CAPACITY, 1)
+    item = device.compile_segment(request, PassShape(4, 4))  # type: ignore[attr-defined]
+    ahead = Segment(segment.name, segment.kv, segment.graphs, compiled=(item,))
+    mixed, reference = Runner(device, bundle, ahead), Runner(CpuDevice(Form.ROWS), folder, segment)
+    past, slots = 0, []
+    for width in (1, 4, 1, 6, 4):
+        tokens = random_tokens(width, seed=past)
+        assert_same(mixed.line(tokens, past), reference.line(tokens, past))
+        slots.append(mixed.cache.slots)  # type: ignore[attr-defined]
+        past += width
+    assert slots == [8, CAPACITY, CAPACITY, CAPACITY, CAPACITY]
+
+
+def test_only_drafts_on_a_cpu_take_any_number_of_slots(segment: Segment) -> None:
+    """A target's passes keep one number, for equal rounding; GPUs and NPUs keep fixed shapes."""
+    graph = segment.graphs[Form.ROWS]
+    target = Graph(graph.file, tuple(spec for spec in graph.inputs if spec.name != "slot_branch"), graph.outputs)
+    assert takes_any_slots("CPU", graph)
+    assert not any(takes_any_slots(unit, one) for unit, one in (("CPU", target), ("GPU.1", graph), ("NPU", graph)))
+    assert [slots_for(filled, 600) for filled in (1, 256, 257, 599, 700)] == [256, 256, 512, 600, 600]
+
+
 def test_two_threads_run_two_segments(folder: Path, segment: Segment) -> None:
     """As a target and a draft on one device do: neither may disturb the other."""
     device = open_device("openvino:CPU")
@@ -366,6 +495,124 @@ def test_a_draft_takes_bfloat16_where_the_cpu_has_it() -> None:
     assert default_precision("CPU", background=True, has_bf16=False) is Precision.F32
     assert default_precision("CPU", has_bf16=True) is Precision.F32
     assert default_precision("NPU", background=True, has_bf16=True) is Precision.F16
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mirror.targets import openvino_settings
+
+    monkeypatch.setattr(openvino_settings, "may_have_amx", lambda: True)
+
+
+@pytest.mark.usefixtures("amx")
+def test_matrix_units_get_two_threads_or_f32() -> None:
+    """OpenVINO's gated MLP divides by half the number of threads there, and the process dies of it."""
+    assert [least_threads("CPU", one) for one in (Precision.F32, Precision.BF16, Precision.F16, None)] == [1, 2, 2, 2]
+    assert least_threads("GPU", Precision.F16) == least_threads("NPU", Precision.F16) == 1
+    told = [
+        compile_settings("CPU", precision, threads, None)["INFERENCE_NUM_THREADS"]
+        for precision, threads in ((Precision.BF16, 1), (Precision.BF16, 3), (None, 1), (Precision.F32, 1))
+    ]
+    assert told == [2, 3, 2, 1]
+    bf16, f32 = Precision.BF16, Precision.F32
+    assert settle_precision("CPU", None, bf16, 2) is settle_precision("CPU", bf16, f32, 2) is bf16
+    assert settle_precision("CPU", None, None, 2) is None
+    assert settle_precision("CPU", None, bf16, 1) is settle_precision("CPU", None, None, 1) is f32
+    assert settle_precision("CPU", f32, bf16, 1) is f32
+    assert settle_precision("GPU", None, Precision.F16, 1) is Precision.F16
+    with pytest.raises(DeviceError, match=r"openvino:CPU:bf16 needs 2 threads.*may use 1; allow.*or ask for openvino"):
+        settle_precision("CPU", bf16, f32, 1)
+
+
+def test_other_cpus_take_bfloat16_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mirror.targets import openvino_settings
+
+    monkeypatch.setattr(openvino_settings, "may_have_amx", lambda: False)
+    assert settle_precision("CPU", None, Precision.BF16, 1) is Precision.BF16
+    assert compile_settings("CPU", Precision.BF16, 1, None)["INFERENCE_NUM_THREADS"] == 1
+
+
+@pytest.mark.usefixtures("amx")
+def test_two_hyper_threads_of_one_core_are_both_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mirror.targets import openvino_settings
+
+    for cpus, taken in ((1, False), (2, True), (3, False)):
+        monkeypatch.setattr(openvino_settings, "allowed_cpus", lambda cpus=cpus: cpus)
+        assert ("ENABLE_HYPER_THREADING" in compile_settings("CPU", Precision.BF16, 1, None)) is taken
+        assert "ENABLE_HYPER_THREADING" not in compile_settings("CPU", Precision.F32, 1, None)
+
+
+# Compiles a gated MLP for drafts of one thread, in a process of so many CPUs.
+_GATED = """
+import os, sys
+from pathlib import Path
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[2])])
+from tests.test_openvino import gated_segment
+from mirror.errors import DeviceError
+from mirror.targets import open_device
+from mirror.targets.base import LoadRequest, PassShape
+
+folder = Path(sys.argv[1])
+request = LoadRequest(folder, gated_segment(folder), [PassShape(8)], 0, 1)
+for name in ("openvino:CPU", "openvino:CPU:bf16"):
+    try:
+        device = open_device(name, background=True)
+        device.load_segment(request)
+        print(device.precision.value)
+    except DeviceError:
+        print("refused")
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not may_have_amx() or allowed_cpus() < 2, reason="needs two CPUs with AMX"
+)
+@pytest.mark.parametrize(("cpus", "said"), [(1, ["f32", "refused"]), (2, ["bf16", "bf16"])])
+def test_a_draft_of_one_thread_does_not_end_the_process(tmp_path: Path, cpus: int, said: list[str]) -> None:
+    """It did: OpenVINO divides by half the number of threads, rounded down."""
+    done = subprocess.run(
+        [sys.executable, "-c", _GATED, str(tmp_path), str(cpus)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-500:]}"
+    assert done.stdout.split() == said
+
+
+def gated_segment(folder: Path) -> Segment:
+    """Write a gated MLP of a size that OpenVINO computes as one operator on matrix units; return its record."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    sizes = {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}
+    weights = [
+        numpy_helper.from_array(random.standard_normal(size).astype(np.float32) / 8, name)
+        for name, size in sizes.items()
+    ]
+    nodes = [
+        helper.make_node(operator, inputs, [output])
+        for operator, inputs, output in (
+            ("MatMul", ["hidden_states", "gate"], "gated"),
+            ("Sigmoid", ["gated"], "opening"),
+            ("Mul", ["gated", "opening"], "opened"),
+            ("MatMul", ["hidden_states", "up"], "upper"),
+            ("Mul", ["opened", "upper"], "both"),
+            ("MatMul", ["both", "down"], "out"),
+        )
+    ]
+    edges = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, "width", 64))] for name in _GATED_EDGES]
+    model = helper.make_model(
+        helper.make_graph(nodes, "gated", *edges, weights), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
+    onnx.save(model, folder / "gated.rows.onnx")
+    specs = [(TensorSpec(name, "float32", (1, "width", 64)),) for name in _GATED_EDGES]
+    return Segment("gated", (), {Form.ROWS: Graph("gated.rows.onnx", *specs)})
+
+
+_GATED_EDGES = ("hidden_states", "out")
 
 
 def test_a_cache_in_bfloat16_takes_rows_as_they_are(folder: Path, segment: Segment) -> None:

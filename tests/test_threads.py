@@ -1,6 +1,7 @@
 """Threads of a target and a draft on one CPU, and the draft's own thread."""
 
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from mirror.errors import DraftError
 from mirror.runtime.records import Mode
 from mirror.runtime.threads import physical_cores, split_threads
 from mirror.runtime.worker import DraftSeat
+from mirror.targets.cores import allowed_cpus, may_have_amx
 
 
 @pytest.mark.parametrize("total", range(1, 20))
@@ -29,7 +31,15 @@ def test_a_draft_on_the_cpu_leaves_a_core_to_the_thread_that_feeds_a_gpu() -> No
 
 
 def test_cores_are_counted() -> None:
-    assert physical_cores() >= 1
+    assert 1 <= physical_cores() <= allowed_cpus()
+
+
+def test_matrix_units_are_assumed_where_nobody_lists_them(tmp_path: Path) -> None:
+    for name, flags in (("with", "avx512_bf16 amx_bf16 amx_tile amx_int8"), ("without", "avx512_bf16 avx512_fp16")):
+        (tmp_path / name).write_text(f"processor : 0\nflags : fpu {flags}\n", encoding="utf-8")
+    assert may_have_amx(tmp_path / "with")
+    assert not may_have_amx(tmp_path / "without")
+    assert may_have_amx(tmp_path / "absent")
 
 
 class _Idle:

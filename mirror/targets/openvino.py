@@ -19,11 +19,16 @@ from mirror.targets.artefacts import Quantized, Wanted, artefact_stem, compiled_
 from mirror.targets.base import Array, KVCache, LoadRequest, PassShape, Tensor, to_host
 from mirror.targets.names import Precision
 from mirror.targets.openvino_settings import (
+    BRANCH_MAP,
     check_precision,
     compile_settings,
     default_precision,
     kernel_cache,
+    least_threads,
     rows_graph,
+    settle_precision,
+    slots_for,
+    takes_any_slots,
 )
 from mirror.targets.static_shapes import (
     PAST_PREFIX,
@@ -74,66 +79,102 @@ _STATIC_WEIGHTS_BYTES = 1 << 30
 
 
 class OpenVinoCache:
-    """KV buffers of some layers, `[1, heads, capacity, head_dim]` each, in host memory.
+    """KV buffers of some layers, `[1, heads, slots, head_dim]` each, in host memory.
 
     Attributes:
-        tensors: each buffer as a request takes it, by its `past_key_values` name.
+        slots: how many the buffers have now, the capacity at most.
+        tensors: each buffer as a request takes it, by its `past_key_values` name; a new mapping when `fit` makes
+            new buffers.
     """
 
     def __init__(self, layers: Sequence[LayerKV], capacity: int, stored_as: Any = None) -> None:
         """Make zeroed buffers of the bundle's types, or all of one, an `ov.Type`."""
         self._capacity = capacity
-        self.tensors: dict[str, Any] = {}
+        self._layout: dict[str, tuple[Any, int, int]] = {}  # type, heads, head_dim
         for layer in layers:
-            shape = (1, layer.heads, capacity, layer.head_dim)
             for name in kv_names("past_key_values", layer.layer):
-                tensor = ov.Tensor(stored_as or _ELEMENT_TYPES[layer.dtype], ov.Shape(shape))
-                tensor.data[...] = 0
-                self.tensors[name] = tensor
-        self._arrays = {name: tensor.data for name, tensor in self.tensors.items()}
+                self._layout[name] = (stored_as or _ELEMENT_TYPES[layer.dtype], layer.heads, layer.head_dim)
+        self._make(capacity)
 
     @property
     def capacity(self) -> int:
-        """The number of slots."""
+        """The most slots that it may have."""
         return self._capacity
+
+    def fit(self, slots: int, past_length: int) -> None:
+        """Have `slots` slots at least, and no more where none is filled; the first `past_length` keep their rows."""
+        if slots > self.slots or (past_length == 0 and slots < self.slots):
+            old, kept = self._arrays, min(past_length, self.slots)
+            self._make(slots)
+            for name, array in self._arrays.items():
+                array[:, :, :kept] = old[name][:, :, :kept]
 
     def write_rows(self, name: str, rows: Array, past_length: int) -> None:
         """Copy new rows `[1, heads, width, head_dim]` to slots `past_length..`; those past the end are dropped."""
-        kept = min(rows.shape[2], self._capacity - past_length)
+        kept = min(rows.shape[2], self.slots - past_length)
         self._arrays[name][:, :, past_length : past_length + kept] = rows[:, :, :kept]
+
+    def _make(self, slots: int) -> None:
+        self.slots = slots
+        self.tensors: dict[str, Any] = {}
+        for name, (element_type, heads, head_dim) in self._layout.items():
+            tensor = ov.Tensor(element_type, ov.Shape((1, heads, slots, head_dim)))
+            tensor.data[...] = 0  # a hidden slot counts nothing times its value, which must be a number
+            self.tensors[name] = tensor
+        self._arrays = {name: tensor.data for name, tensor in self.tensors.items()}
 
 
 class _Program:
-    """One compiled shape: a request whose buffers are bound once.
+    """One compiled shape: a request whose buffers stay bound from pass to pass.
 
     Attributes:
         outputs: catalogue outputs by name, written by every run.
     """
 
-    def __init__(self, request: Any, graph: Graph, sizes: Mapping[str, int], cache_type: Any) -> None:
+    def __init__(
+        self, request: Any, graph: Graph, sizes: Mapping[str, int], cache_type: Any, *, any_slots: bool
+    ) -> None:
+        """Bind a request.
+
+        Args:
+            cache_type: the `ov.Type` that the cache is kept in, None for the bundle's.
+            any_slots: whether it takes a cache of any number of slots, not the capacity's alone.
+        """
         self._request = request
+        self._sizes = sizes
+        self._any_slots = any_slots
+        self._per_slot = [spec for spec in host_inputs(graph) if "capacity" in spec.shape]
         self._staging = {spec.name: _bound_buffer(request, spec, sizes) for spec in host_inputs(graph)}
         buffers = {spec.name: _bound_buffer(request, spec, sizes, cache_type) for spec in graph.outputs}
         self.outputs = {name: array for name, array in buffers.items() if not name.startswith(PRESENT_PREFIX)}
         self._new_rows = {past_name(name): array for name, array in buffers.items() if name not in self.outputs}
-        self._cache: OpenVinoCache | None = None
+        self._past: Mapping[str, Any] | None = None
 
     def run(self, host: Mapping[str, Array], cache: OpenVinoCache | None, past_length: int) -> None:
         """Run one pass over host-computed inputs and write its new rows to the cache."""
+        if cache is not None:
+            cache.fit(self._slots(past_length), past_length)
+            if cache.tensors is not self._past:
+                self._read_from(cache)
         for name, buffer in self._staging.items():
-            _stage(buffer, host[name], padded=name == "logit_rows")
-        if cache is not None and cache is not self._cache:
-            self._read_from(cache)
+            _stage(name, buffer, host[name])
         self._request.start_async()  # `infer` would do the same and then collect all outputs, for 0.07 ms
         self._request.wait()  # until the last output is written
         if cache is not None:
             for name, rows in self._new_rows.items():
                 cache.write_rows(name, rows, past_length)
 
+    def _slots(self, past_length: int) -> int:
+        """Return the slots of the cache that a pass needs."""
+        capacity = self._sizes["capacity"]
+        return slots_for(past_length + self._sizes["width"], capacity) if self._any_slots else capacity
+
     def _read_from(self, cache: OpenVinoCache) -> None:
         for name in self._new_rows:
             self._request.set_tensor(name, cache.tensors[name])
-        self._cache = cache
+        for spec in self._per_slot:
+            self._staging[spec.name] = _bound_buffer(self._request, spec, {**self._sizes, "capacity": cache.slots})
+        self._past = cache.tensors
 
 
 class OpenVinoSegment:
@@ -228,6 +269,7 @@ class _Compiler:
         self._settings = settings
         self._ready = ready
         self._cache_type = cache_type
+        self._any_slots = takes_any_slots(unit, graph)
         self._core = ov.Core()
         self._model = self._read()
         self._shared: Any = None
@@ -240,13 +282,19 @@ class _Compiler:
 
     def share(self) -> None:
         """Compile once, with the width left free, for all requests from now on."""
-        self._shared = self._compile({"width": -1, "rows": -1, "capacity": self.capacity})
+        self._shared = self._compile(self._open({"width": -1, "rows": -1, "capacity": self.capacity}))
 
     def program(self, shape: PassShape) -> _Program:
         """Return a program of a shape: compiled for it, or a request of the shared one."""
         sizes = shape.sizes(self.capacity)
-        compiled = self._shared or self._imported(shape) or self._compile(sizes)
-        return _Program(compiled.create_infer_request(), self._graph, sizes, self._cache_type)
+        imported = None if self._shared else self._imported(shape)
+        compiled = self._shared or imported or self._compile(self._open(sizes))
+        any_slots = self._any_slots and imported is None
+        return _Program(compiled.create_infer_request(), self._graph, sizes, self._cache_type, any_slots=any_slots)
+
+    def _open(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        """Leave the number of slots free where passes take the filled ones only."""
+        return {**sizes, "capacity": -1} if self._any_slots else sizes
 
     def export(self, shape: PassShape, path: Path) -> None:
         """Compile for a shape and write the program to a file."""
@@ -405,7 +453,8 @@ def open_native_device(unit: str, precision: Precision | None, *, background: bo
         raise DeviceError(f"openvino:{unit} isn't there: {no_such_unit(unit, units)}")
     check_precision(unit, precision)
     default = default_precision(unit, background=background, has_bf16=_has_bf16())
-    return OpenVinoDevice(unit, precision or default, kernel_cache(unit))
+    settled = settle_precision(unit, precision, default, _most_threads(unit, precision or default))
+    return OpenVinoDevice(unit, settled or default, kernel_cache(unit))
 
 
 def open_native_compiler(unit: str, precision: Precision | None) -> OpenVinoDevice:
@@ -444,6 +493,21 @@ def _has_bf16() -> bool:
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+def _most_threads(unit: str, precision: Precision) -> int:
+    """Return how many threads OpenVINO takes on a CPU, as many as a precision needs at least if it can.
+
+    It caps what it is told at the CPUs that the process may use, by rules of its own: a program that does
+    nothing shows the number.
+    """
+    needed = least_threads(unit, precision)
+    if needed == 1:
+        return needed
+    nothing = ov.opset13.parameter([1], ov.Type.f32)
+    settings = compile_settings(unit, precision, needed, None)
+    compiled = ov.Core().compile_model(ov.Model([ov.opset13.relu(nothing)], [nothing]), unit, settings)
+    return int(compiled.get_property("INFERENCE_NUM_THREADS"))
+
+
 def device_memory_bytes(unit: str) -> int | None:
     """Return a GPU's memory in bytes, None where OpenVINO doesn't see it."""
     core = ov.Core()
@@ -477,11 +541,13 @@ def _bound_buffer(request: Any, spec: TensorSpec, sizes: Mapping[str, int], cach
     return array
 
 
-def _stage(buffer: Array, values: Array, *, padded: bool) -> None:
-    """Copy one input to where the request reads it; a shorter `logit_rows` repeats its last row."""
-    if padded:
+def _stage(name: str, buffer: Array, values: Array) -> None:
+    """Copy one input to where the request reads it; fewer `logit_rows` repeat the last, a longer branch map is cut."""
+    if name == "logit_rows":
         buffer[: values.shape[0]] = values
         buffer[values.shape[0] :] = values[-1]
+    elif name == BRANCH_MAP:
+        buffer[...] = values[: buffer.shape[0]]
     else:
         buffer[...] = values
 

@@ -1,7 +1,7 @@
 """Intel devices by OpenVINO's plugin for ONNX Runtime, where it is installed and lists them.
 
-A thin layer over `onnxruntime_session`: the plugin compiles for fixed sizes, so a segment is one
-session per compiled shape, chosen as `static_shapes` says.
+A thin layer over `onnxruntime_session`: the plugin compiles for fixed sizes (a draft's slots on a CPU
+apart), so a segment is one session per compiled shape, chosen as `static_shapes` says.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 import onnxruntime as ort
 
-from mirror.bundle import Form
+from mirror.bundle import Form, Graph
 from mirror.errors import DeviceError
-from mirror.targets.base import LoadRequest, PassShape, Tensor, to_host
+from mirror.targets.base import Array, LoadRequest, PassShape, Tensor, to_host
+from mirror.targets.cores import allowed_cpus
 from mirror.targets.names import Precision
 from mirror.targets.onnxruntime_session import (
     Bound,
@@ -27,11 +28,15 @@ from mirror.targets.onnxruntime_session import (
     Provider,
 )
 from mirror.targets.openvino_settings import (
+    BRANCH_MAP,
     check_precision,
     compile_settings,
     default_precision,
     kernel_cache,
     rows_graph,
+    settle_precision,
+    slots_for,
+    takes_any_slots,
 )
 from mirror.targets.shaped_segment import ShapedSegment
 from mirror.targets.static_shapes import past_name
@@ -42,17 +47,27 @@ _VIRTUAL = "OpenVINO.virtual"
 
 
 class FedSegment(OnnxRuntimeSegment):
-    """One session that is given its inputs anew at every pass.
+    """One session that is given its inputs anew at every pass, of the cache the filled slots where it takes any number.
 
     With inputs bound once, as ONNX Runtime's own providers read them, drafts on an Intel CPU guessed next to
     no token right, although a first pass without binding computed what it should.
     """
 
+    def __init__(
+        self, name: str, session: ort.InferenceSession, graph: Graph, provider: Provider, *, any_slots: bool
+    ) -> None:
+        """Take a session of a graph in rows form; with `any_slots` its capacity is left open."""
+        super().__init__(name, session, graph, Form.ROWS, provider)
+        self._any_slots = any_slots
+
     def _launch(self, bound: Bound, feeds: Mapping[str, Tensor]) -> None:
         for name, array in bound.staging.items():
             array[...] = to_host(feeds[name])
-        buffers = bound.cache.buffers if isinstance(bound.cache, OnnxRuntimeCache) else {}
-        given = {**bound.staging, **{name: buffer.numpy() for name, buffer in buffers.items()}}
+        given = dict(bound.staging)
+        if isinstance(bound.cache, OnnxRuntimeCache):
+            given |= {name: buffer.numpy() for name, buffer in bound.cache.buffers.items()}
+            if self._any_slots:
+                given |= self._filled(given, bound.cache.capacity)
         names = [spec.name for spec in self._outputs]
         try:
             results = self.session.run(names, given)
@@ -61,6 +76,11 @@ class FedSegment(OnnxRuntimeSegment):
         for name, result in zip(names, results, strict=True):
             rows = bound.new_rows.get(past_name(name))
             to_host(bound.outputs[name] if rows is None else rows)[...] = result
+
+    def _filled(self, given: Mapping[str, Array], capacity: int) -> dict[str, Array]:
+        """Return the branch map and the cache up to the slots that a pass needs."""
+        slots = slots_for(int(given["past_length"][0]) + given["input_ids"].shape[1], capacity)
+        return {BRANCH_MAP: given[BRANCH_MAP][:slots], **{name: given[name][:, :, :slots] for name in self._past}}
 
 
 class OpenVinoPluginDevice(OnnxRuntimeDevice):
@@ -89,13 +109,15 @@ class OpenVinoPluginDevice(OnnxRuntimeDevice):
             DeviceError: the bundle lacks the rows form, or the plugin can't take the whole graph.
         """
         name, graph = request.segment.name, rows_graph(request.segment, self.name)
+        any_slots = takes_any_slots(self._unit, graph)
 
         def load(shape: PassShape) -> OnnxRuntimeSegment:
             options = self.session_options(name, request.threads)
             for dimension, size in shape.sizes(request.capacity).items():
-                options.add_free_dimension_override_by_name(dimension, size)
+                if not (any_slots and dimension == "capacity"):
+                    options.add_free_dimension_override_by_name(dimension, size)
             session = self._open_listed(request.folder / graph.file, options, request.threads)
-            return FedSegment(name, session, graph, Form.ROWS, self._provider)
+            return FedSegment(name, session, graph, self._provider, any_slots=any_slots)
 
         return ShapedSegment(name, graph, request.shapes, load, request.later)
 
@@ -119,8 +141,9 @@ def open_plugin_device(unit: str, precision: Precision | None, *, background: bo
         DeviceError: it can't compute in that precision.
     """
     check_precision(unit, precision)
+    chosen = plugin_precision(unit, precision, background=background)
     return OpenVinoPluginDevice(
-        unit, registered_devices()[unit], plugin_precision(unit, precision, background=background)
+        unit, registered_devices()[unit], settle_precision(unit, precision, chosen, allowed_cpus())
     )
 
 

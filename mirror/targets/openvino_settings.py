@@ -9,7 +9,13 @@ from typing import Any
 
 from mirror.bundle import Form, Graph, Segment
 from mirror.errors import DeviceError
+from mirror.targets.cores import allowed_cpus, may_have_amx
 from mirror.targets.names import Precision
+
+BRANCH_MAP = "slot_branch"
+
+# Each number of slots is planned anew at its first pass (2 to 10 ms of the default draft), and every slot costs.
+_SLOT_STEP = 256
 
 
 def default_precision(unit: str, *, background: bool = False, has_bf16: bool = False) -> Precision:
@@ -17,6 +23,7 @@ def default_precision(unit: str, *, background: bool = False, has_bf16: bool = F
 
     No text depends on a draft's arithmetic, so a draft takes bfloat16 on a CPU that has it: half the bytes of
     every pass, and the matrix units where there are any. Left alone, OpenVINO would do so for targets too.
+    Where the process has one CPU, `settle_precision` may make that f32.
 
     Args:
         background: whether it is for a draft.
@@ -25,6 +32,37 @@ def default_precision(unit: str, *, background: bool = False, has_bf16: bool = F
     if unit != "CPU":
         return Precision.F16
     return Precision.BF16 if background and has_bf16 else Precision.F32
+
+
+def least_threads(unit: str, precision: Precision | None) -> int:
+    """Return the fewest threads that OpenVINO may compile for, in a precision or, for None, in one of its choice.
+
+    On matrix units it gives each part of a gated MLP in 16 bits half the threads: compiled for one thread, it
+    divides by zero, which ends the process (openvinotoolkit/openvino issue 33300).
+    """
+    return 2 if unit == "CPU" and precision is not Precision.F32 and may_have_amx() else 1
+
+
+def settle_precision(unit: str, asked: Precision | None, default: Precision | None, threads: int) -> Precision | None:
+    """Return what a device computes in: what was asked for, or its default unless that needs more threads.
+
+    None stands for OpenVINO's own choice.
+
+    Args:
+        threads: the most that a CPU may use.
+
+    Raises:
+        DeviceError: what was asked for needs more threads.
+    """
+    needed = least_threads(unit, asked or default)
+    if threads >= needed:
+        return asked or default
+    if asked is None:
+        return Precision.F32
+    raise DeviceError(
+        f"openvino:CPU:{asked.value} needs {needed} threads on this CPU, which has matrix units, and OpenVINO may use "
+        f"{threads}; allow this process {needed} CPUs, or ask for openvino:CPU:f32"
+    )
 
 
 def check_precision(unit: str, precision: Precision | None) -> None:
@@ -42,7 +80,7 @@ def compile_settings(unit: str, precision: Precision | None, threads: int, cache
 
     Args:
         precision: the arithmetic, None for OpenVINO's own choice.
-        threads: CPU threads; other devices don't take it.
+        threads: CPU threads, or more where OpenVINO can't do with so few; other devices don't take it.
         cache: where compiled programs are kept, None for nowhere.
     """
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
@@ -51,7 +89,11 @@ def compile_settings(unit: str, precision: Precision | None, threads: int, cache
     if unit != "NPU":
         settings["NUM_STREAMS"] = "1"
     if unit == "CPU":
-        settings["INFERENCE_NUM_THREADS"] = threads
+        least = least_threads(unit, precision)
+        settings["INFERENCE_NUM_THREADS"] = max(threads, least)
+        if 1 < least == allowed_cpus():
+            # They may be one core's; for low latency OpenVINO would then take but one of them.
+            settings["ENABLE_HYPER_THREADING"] = True
         # Pinned threads would stay on cores that the target's threads are using.
         settings["ENABLE_CPU_PINNING"] = False
     if cache is not None:
@@ -77,6 +119,20 @@ def kernel_cache_folder() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "mirror" / "cache" / "openvino"
     return Path.home() / ".cache" / "mirror" / "openvino"
+
+
+def takes_any_slots(unit: str, graph: Graph) -> bool:
+    """Return whether a graph's passes are given the cache's filled slots alone, not all: a draft's on a CPU.
+
+    A target's take all: with another number of slots a position might be rounded otherwise, and `pinned` not hold.
+    GPUs and NPUs want fixed shapes.
+    """
+    return unit == "CPU" and any(spec.name == BRANCH_MAP for spec in graph.inputs)
+
+
+def slots_for(filled: int, capacity: int) -> int:
+    """Return how many slots to give to a pass that ends with so many filled: whole steps, the capacity at most."""
+    return min(-(-filled // _SLOT_STEP) * _SLOT_STEP, capacity)
 
 
 def rows_graph(segment: Segment, device: str) -> Graph:
