@@ -76,8 +76,9 @@ def test_manifests(tmp_path: Path, case: Any) -> None:
 @pytest.mark.parametrize("index", range(len(load("generations"))))
 def test_generations(bundles: Path, index: int) -> None:
     case = load("generations")[index]
-    passes = case["tokens_per_pass"]
-    with mirror.load(bundles / case["bundle"], mode=case["modes"][-1], tokens_per_pass=passes, threads=1) as engine:
+    names = "tokens_per_pass", "branches_per_pass", "proposal_tokens_per_pass"
+    passes = {name: case[name] for name in names}
+    with mirror.load(bundles / case["bundle"], mode=case["modes"][-1], **passes, threads=1) as engine:
         for mode in case["modes"]:
             sampling = {**case["sampling"], "seed": int(case["sampling"]["seed"])}
             result = engine.generate_tokens(

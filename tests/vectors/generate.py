@@ -22,19 +22,28 @@ from typing import Any
 import numpy as np
 
 import mirror
-from mirror.bundle import MANIFEST_NAME, ChatFormat, FileFacts, Form, check_files, read_manifest, write_manifest
+from mirror.bundle import (
+    MANIFEST_NAME,
+    ChatFormat,
+    FileFacts,
+    Form,
+    Settings,
+    check_files,
+    read_manifest,
+    write_manifest,
+)
 from mirror.errors import BundleError, DeviceError, RequestError
 from mirror.export.chat_format import derive, render
 from mirror.runtime.acceptance import verify
-from mirror.runtime.candidates import CandidateSource, choose_branches
+from mirror.runtime.candidates import CandidateSource, by_likelihood, choose_branches, likeliest
 from mirror.runtime.draft import Draft, Meeting
 from mirror.runtime.feeds import chunk_width
 from mirror.runtime.loading import load_draft, make_plan
-from mirror.runtime.lookahead import branch_passes
+from mirror.runtime.lookahead import branch_passes, rollout_capacity
 from mirror.runtime.memory import SegmentMemory, check_room, segment_memory
 from mirror.runtime.noise import gumbel, philox, uniforms
 from mirror.runtime.options import EngineOptions
-from mirror.runtime.records import Candidates, FinishReason
+from mirror.runtime.records import Branches, Candidates, FinishReason, Outcome, Rollout
 from mirror.runtime.sampling import CoupledNoise, Sampler, SamplingParams
 from mirror.runtime.stopping import Stopping
 from mirror.targets.base import FreeMemory
@@ -64,6 +73,14 @@ BUNDLES = {
     ),
     "ngram": LookupBundle(_CHAIN, None, random_table(9, 11, 11), draft_kind="ngram"),
     "alone": LookupBundle(_TARGET),
+    "tuned": LookupBundle(
+        _TARGET, Lookup(agreeing_table(_TARGET.table, 0.7, 7)), random_table(8, 97, 23), gamma=4, kappa=3, streams=2
+    ),
+}
+SETTINGS = {
+    "tuned": Settings(
+        fanout=(3, 2, 2, 1, 3), tokens_per_pass=(1,), branches_per_pass=(6,), proposal_tokens_per_pass=(3, 2)
+    )
 }
 
 
@@ -76,6 +93,18 @@ class Generation:
     max_new_tokens: int = 40
     sampling: SamplingParams = field(default_factory=SamplingParams)
     tokens_per_pass: tuple[int, ...] | None = None
+    # Of one number: with falling ones, what a mirror round reuses is as long as the draft had time for.
+    branches_per_pass: tuple[int] | None = None
+    proposal_tokens_per_pass: tuple[int, ...] | None = None
+
+    @property
+    def passes(self) -> dict[str, tuple[int, ...] | None]:
+        """The options of a draft's passes."""
+        return {
+            "tokens_per_pass": self.tokens_per_pass,
+            "branches_per_pass": self.branches_per_pass,
+            "proposal_tokens_per_pass": self.proposal_tokens_per_pass,
+        }
 
 
 _SAMPLED = SamplingParams(1.2, top_k=12, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=77)
@@ -93,6 +122,12 @@ GENERATIONS = (
     Generation("perfect", (2, 9), sampling=SamplingParams(1.0, seed=3)),
     Generation("streams", tokens_per_pass=(3,)),
     Generation("streams", tokens_per_pass=(2, 1), sampling=SamplingParams(0.8, seed=9)),
+    Generation("streams", branches_per_pass=(7,), proposal_tokens_per_pass=(3, 2)),
+    Generation("wide", max_new_tokens=30, branches_per_pass=(9,), sampling=SamplingParams(1.0, seed=5)),
+    Generation("tuned"),
+    Generation("tuned", sampling=SamplingParams(0.8, seed=9)),
+    Generation("tuned", tokens_per_pass=(2, 1)),
+    Generation("tuned", branches_per_pass=(3,)),
     Generation("fed"),
     Generation("fed", sampling=SamplingParams(0.8, seed=9)),
     Generation("ngram", max_new_tokens=50),
@@ -104,6 +139,8 @@ def write_bundles(folder: Path) -> None:
     """Write every bundle of `generations.json` into a folder."""
     for name, spec in BUNDLES.items():
         write_bundle(folder / name, spec)
+    for name, settings in SETTINGS.items():
+        write_manifest(folder / name, dataclasses.replace(read_manifest(folder / name), settings=settings))
     for name, form in chat_formats().items():
         bundle = write_bundle(folder / f"chat-{name}", BUNDLES["alone"])
         write_manifest(bundle, dataclasses.replace(read_manifest(bundle), chat=form))
@@ -198,12 +235,14 @@ def _sampling(params: SamplingParams) -> dict[str, Any]:
 
 
 def rounds() -> dict[str, Any]:
-    """Return the pure steps of a round: branches, verification, order by noise, passes, widths, endings."""
+    """Return the pure steps of a round: branches, verification, order by noise, passes, room, widths, endings."""
     return {
         "branches": [_branches_case(*case) for case in _BRANCHES],
+        "likelihoods": [_likelihood_case(*case) for case in _LIKELIHOODS],
         "verify": [_verify_case(*case) for case in _VERIFY],
         "noise_order": _noise_case(),
         "passes": [_passes_case(*case) for case in [((1,), 7), ((3,), 7), ((2, 1), 5), ((4, 2, 1), 9), ((3,), 2)]],
+        "capacities": [_capacity_case(*case) for case in _CAPACITIES],
         "chunks": [
             {"widths": list(widths), "rows": rows, "room": room, "taken": list(chunk_width(widths or None, rows, room))}
             for widths in ((), (1, 8, 128), (1, 4), (16,))
@@ -223,6 +262,27 @@ _BRANCHES = [
     ((5, 6), [[[-1, -1], [0, -1]]], (3, 0)),
     ((1, 2, 3, 4), [[[9, 8], [9, 8], [9, 8], [9, 8]]], (2, 1, 0, 2)),
 ]
+# Fan-outs, branches that leave after each position, and how many of all are kept. In some, parts of different fan-outs
+# are equal, and in the last one these are no binary fractions.
+_LIKELIHOODS = [
+    ((2, 2, 2), (2, 2, 2), 3),
+    ((6, 3, 2, 1), (6, 3, 2, 1), 5),
+    ((1, 2, 3, 8), (1, 2, 3, 8), 1),
+    ((4, 0, 2), (1, 0, 2), 2),
+    ((3, 3), (3, 1), 4),
+    ((5, 4), (0, 0), 2),
+    ((49, 7, 14), (49, 7, 14), 33),
+]
+# A context's length, gamma, branches, tokens per pass, branches per pass, and the most that a proposal's pass gives.
+_CAPACITIES: list[tuple[int, int, int, tuple[int, ...], tuple[int, ...], int]] = [
+    (20, 4, 10, (1,), (), 1),
+    (20, 4, 10, (1,), (10, 5, 2), 1),
+    (20, 4, 10, (1,), (), 4),
+    (20, 7, 12, (3, 2), (12, 7), 2),
+    (20, 3, 2, (1,), (8, 4, 1), 1),
+    (0, 5, 6, (2, 1), (4,), 3),
+    (0, 1, 0, (1,), (3,), 1),
+]
 _VERIFY = [((5, 6, 7), (6, 7, 9)), ((5, 6, 7), (6, 8, 9)), ((5, 6, 7), (0, 7, 9)), ((5,), (4,))]
 
 
@@ -230,8 +290,44 @@ def _branches_case(window: Sequence[int], sources: Sequence[Any], fanout: Sequen
     found = choose_branches(
         np.array(window), [Candidates(np.array(ids), None) for ids in sources], np.array(fanout, np.int64)
     )
-    pairs = list(zip(found.accepted.tolist(), found.next_tokens.tolist(), strict=True))
-    return {"window": window, "sources": sources, "fanout": fanout, "branches": pairs}
+    return {"window": window, "sources": sources, "fanout": fanout, "branches": _pairs(found)}
+
+
+def _likelihood_case(fanout: Sequence[int], counts: Sequence[int], count: int) -> dict[str, Any]:
+    accepted = np.repeat(np.arange(len(counts)), counts)
+    branches, odds = Branches(accepted, np.arange(100, 100 + accepted.size)), np.array(fanout, np.int64)
+    kept = likeliest(branches, odds, count)
+    return {
+        "fanout": fanout,
+        "branches": _pairs(branches),
+        "order": by_likelihood(branches, odds).tolist(),
+        "count": count,
+        "kept": _pairs(kept),
+    }
+
+
+def _pairs(branches: Branches) -> list[tuple[int, int]]:
+    return list(zip(branches.accepted.tolist(), branches.next_tokens.tolist(), strict=True))
+
+
+def _capacity_case(
+    max_length: int,
+    gamma: int,
+    branches: int,
+    tokens_per_pass: tuple[int, ...],
+    branches_per_pass: tuple[int, ...],
+    most_given: int,
+) -> dict[str, Any]:
+    slots = rollout_capacity(max_length, gamma, branches, tokens_per_pass, branches_per_pass, most_given)
+    return {
+        "max_length": max_length,
+        "gamma": gamma,
+        "branches": branches,
+        "tokens_per_pass": tokens_per_pass,
+        "branches_per_pass": branches_per_pass,
+        "most_given": most_given,
+        "slots": slots,
+    }
 
 
 def _verify_case(window: Sequence[int], choices: Sequence[int]) -> dict[str, Any]:
@@ -277,6 +373,10 @@ _EDITS: list[tuple[str, tuple[str, str]]] = [
     ("settings that say something", ('"mode": null', '"mode": "serial"')),
     ("a fanout", ('"fanout": null', '"fanout": [2, 0]')),
     ("an absent setting", ('"tokens_per_pass": null,', "")),
+    ("an absent limit", ('"branches_per_pass": null,', "")),
+    ("absent passes of a proposal", ('"proposal_tokens_per_pass": null,', "")),
+    ("branches per pass", ('"branches_per_pass": null', '"branches_per_pass": [8, 4, 1]')),
+    ("passes of a proposal", ('"proposal_tokens_per_pass": null', '"proposal_tokens_per_pass": [4, 2]')),
     ("no json", ('"schema_version"', "schema_version")),
     ("cut short", ('"files"', '"files')),
     ("an older version", ('"schema_version": 2', '"schema_version": 1')),
@@ -297,6 +397,10 @@ _EDITS: list[tuple[str, tuple[str, str]]] = [
     ("an empty fanout", ('"fanout": null', '"fanout": []')),
     ("a negative fanout", ('"fanout": null', '"fanout": [1, -1]')),
     ("tokens per pass of 0", ('"tokens_per_pass": null', '"tokens_per_pass": [0]')),
+    ("no branches per pass", ('"branches_per_pass": null', '"branches_per_pass": []')),
+    ("branches per pass of 0", ('"branches_per_pass": null', '"branches_per_pass": [2, 0]')),
+    ("a number for branches per pass", ('"branches_per_pass": null', '"branches_per_pass": 8')),
+    ("a proposal's passes of 0", ('"proposal_tokens_per_pass": null', '"proposal_tokens_per_pass": [0]')),
     ("a device that is a number", ('"target_device": null', '"target_device": 0')),
     ("a hash that is none", ('"tokenizer_fingerprint": "', '"tokenizer_fingerprint": "z')),
     ("an unknown dtype", ('"dtype": "int64"', '"dtype": "int8"')),
@@ -500,8 +604,11 @@ class DraftCase:
     """What a draft says of growing contexts: each turn proposes after one, and rolls out the proposal."""
 
     bundle: str
-    tokens_per_pass: tuple[int, ...] = (1,)
+    tokens_per_pass: tuple[int, ...] | None = (1,)
     noise: CoupledNoise | None = None
+    branches_per_pass: tuple[int, ...] | None = None
+    proposal_tokens_per_pass: tuple[int, ...] | None = None
+    fanout: tuple[int, ...] | None = None
     turns: tuple[tuple[int, ...], ...] = ((1, 2, 3, 4, 5, 6, 7), (1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 9))
 
 
@@ -514,6 +621,15 @@ DRAFTS = (
     DraftCase("fed"),
     DraftCase("fed", noise=CoupledNoise(7, 0.7)),
     DraftCase("ngram"),
+    DraftCase("wide", branches_per_pass=(12, 7, 2), fanout=(5, 3, 2, 1, 4)),
+    DraftCase("wide", noise=CoupledNoise(8, 0.9), branches_per_pass=(15, 4, 4, 1), fanout=(5, 3, 2, 1, 4)),
+    DraftCase("streams", (2, 1), branches_per_pass=(9, 3, 1), proposal_tokens_per_pass=(3,)),
+    DraftCase("streams", (1,), CoupledNoise(6, 1.1), (8, 8, 5), (2, 3), (3, 1, 2, 0, 3, 3)),
+    DraftCase("streams", (3,), proposal_tokens_per_pass=(1,)),
+    DraftCase("fed", branches_per_pass=(6, 4, 1)),
+    DraftCase("tuned", None),
+    DraftCase("tuned", None, branches_per_pass=(10, 2)),
+    DraftCase("tuned", (2, 1)),
 )
 
 
@@ -524,12 +640,18 @@ def drafts(bundles: Path) -> list[dict[str, Any]]:
 
 def _draft_case(item: DraftCase, folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
-    options = EngineOptions(candidates=CandidateSource.DRAFT, tokens_per_pass=item.tokens_per_pass, threads=1)
+    given = {
+        "tokens_per_pass": item.tokens_per_pass,
+        "branches_per_pass": item.branches_per_pass,
+        "proposal_tokens_per_pass": item.proposal_tokens_per_pass,
+        "fanout": item.fanout,
+    }
+    options = EngineOptions(candidates=CandidateSource.DRAFT, threads=1, **given)
     plan = make_plan(manifest, options, shared_cpu=True)
     draft = load_draft(folder, manifest, CpuDevice(), plan)
     return {
         "bundle": item.bundle,
-        "tokens_per_pass": item.tokens_per_pass,
+        **given,
         "noise": None if item.noise is None else {"seed": str(item.noise.seed), "temperature": item.noise.temperature},
         "turns": [_draft_turn(draft, plan.gamma, context, item.noise) for context in item.turns],
     }
@@ -548,17 +670,32 @@ def _draft_turn(draft: Draft, gamma: int, context: tuple[int, ...], noise: Coupl
     draft.keep(3)
     draft.see_states(0, exit_states(0, len(context) - 1))
     proposed = draft.propose(tokens, gamma, noise).tokens
-    window, meeting = np.array([context[-1], *proposed], np.int64), Meeting()
-    meeting.state(exit_states(len(context) - 1, window.size))
-    rollout = draft.roll_out(tokens, window, gamma, meeting, noise)
-    branches = list(zip(rollout.branches.accepted.tolist(), rollout.branches.next_tokens.tolist(), strict=True))
-    lengths = zip(rollout.continuations.tolist(), rollout.lengths.tolist(), strict=True)
+    window = np.array([context[-1], *proposed], np.int64)
+
+    def rolled_out(outcome: Outcome | None) -> Rollout:
+        meeting = Meeting()
+        meeting.state(exit_states(len(context) - 1, window.size))
+        if outcome is not None:
+            meeting.decide(outcome)
+        return draft.roll_out(tokens, window, gamma, meeting, noise)
+
+    rollout = rolled_out(None)
+    branches = _pairs(rollout.branches)
+    # The last of a position's, at the last position: one that limits leave out early.
+    taken = branches[-1] if branches else None
     return {
         "context": context,
         "proposed": proposed,
         "branches": branches,
-        "continuations": [line[:length] for line, length in lengths],
+        "continuations": _lines(rollout),
+        "decided": taken and {"outcome": taken, "continuations": _lines(rolled_out(Outcome(*taken)))},
     }
+
+
+def _lines(rollout: Rollout) -> list[list[int]]:
+    return [
+        line[:length] for line, length in zip(rollout.continuations.tolist(), rollout.lengths.tolist(), strict=True)
+    ]
 
 
 def _modes(spec: LookupBundle) -> list[str]:
@@ -568,9 +705,7 @@ def _modes(spec: LookupBundle) -> list[str]:
 def engine_rounds(item: Generation, bundles: Path) -> dict[str, list[list[Any]]]:
     """Return by mode what each round proposed, accepted, committed, whether it was reused, and its branches."""
     modes, found = _modes(BUNDLES[item.bundle]), {}
-    with mirror.load(
-        bundles / item.bundle, mode=modes[-1], candidates="both", threads=1, tokens_per_pass=item.tokens_per_pass
-    ) as engine:
+    with mirror.load(bundles / item.bundle, mode=modes[-1], candidates="both", threads=1, **item.passes) as engine:
         for mode in modes:
             result = engine.generate_tokens(
                 item.prompt, max_new_tokens=item.max_new_tokens, mode=mode, **asdict(item.sampling)
@@ -589,7 +724,7 @@ def _generation_case(item: Generation, bundles: Path) -> dict[str, Any]:
         "prompt": item.prompt,
         "max_new_tokens": item.max_new_tokens,
         "sampling": _sampling(item.sampling),
-        "tokens_per_pass": item.tokens_per_pass,
+        **item.passes,
         "modes": _modes(spec),
         "tokens": tokens,
         "finish_reason": (FinishReason.STOP if stopped else FinishReason.LENGTH).value,

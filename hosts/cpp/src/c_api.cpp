@@ -1,6 +1,7 @@
 // mirror.h over the engine: nothing but conversion, and no exception crosses it.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -10,6 +11,9 @@
 #include "error.hpp"
 #include "mirror/mirror.h"
 #include "noise.hpp"
+
+// The function itself is for programs that were built before it was a macro.
+#undef mirror_load_options_init
 
 struct mirror_status {
   mirror_code code;
@@ -72,8 +76,8 @@ void require(bool holds, const char* message) {
 }
 
 // The caller's struct in this library's layout: what an older program doesn't know keeps its default.
-template <typename Options>
-Options full(const Options* given, void (*init)(Options*)) {
+template <typename Options, typename Init>
+Options full(const Options* given, Init init) {
   Options options;
   init(&options);
   if (given == nullptr) return options;
@@ -93,6 +97,12 @@ void write(Result* to, Result from) {
   from.struct_size = static_cast<std::uint32_t>(size);
   std::memcpy(static_cast<void*>(to), &from, size);
 }
+
+// The members that version 1.2 had.
+constexpr std::size_t load_options_1_2 = offsetof(mirror_load_options, branches_per_pass);
+static_assert(load_options_1_2 % alignof(mirror_load_options) == 0, "a 1.2 program's struct ends where 1.3's goes on");
+
+void init_load_options(mirror_load_options* options) { mirror_load_options_init_sized(options, sizeof *options); }
 
 std::optional<mirror::Mode> mode_of(mirror_mode mode) {
   require(mode >= MIRROR_MODE_UNSET && mode <= MIRROR_MODE_MIRROR, "mode is not one of the MIRROR_MODE_* values");
@@ -140,6 +150,8 @@ mirror::EngineOptions engine_options(const mirror_load_options& given) {
   options.kappa = number_of(given.kappa);
   options.fanout = list_of(given.fanout, given.fanout_count);
   options.tokens_per_pass = list_of(given.tokens_per_pass, given.tokens_per_pass_count);
+  options.branches_per_pass = list_of(given.branches_per_pass, given.branches_per_pass_count);
+  options.proposal_tokens_per_pass = list_of(given.proposal_tokens_per_pass, given.proposal_tokens_per_pass_count);
   options.target_device = text_of(given.target_device);
   options.suffix_device = text_of(given.suffix_device);
   options.draft_device = text_of(given.draft_device);
@@ -251,17 +263,23 @@ mirror_status* mirror_register_provider_library(const char* name, const char* pa
   });
 }
 
+void mirror_load_options_init_sized(mirror_load_options* options, size_t size) {
+  mirror_load_options defaults{};
+  defaults.struct_size = static_cast<std::uint32_t>(size);
+  defaults.draft_timeout_s = 30.0;
+  defaults.max_ngram_size = 3;
+  std::memset(static_cast<void*>(options), 0, size);
+  std::memcpy(static_cast<void*>(options), &defaults, std::min(size, sizeof defaults));
+}
+
 void mirror_load_options_init(mirror_load_options* options) {
-  *options = {};
-  options->struct_size = sizeof *options;
-  options->draft_timeout_s = 30.0;
-  options->max_ngram_size = 3;
+  mirror_load_options_init_sized(options, load_options_1_2);
 }
 
 mirror_status* mirror_engine_load(const char* folder, const mirror_load_options* options, mirror_engine** engine) {
   return guarded([&] {
     require(folder != nullptr && engine != nullptr, "folder or engine is NULL; pass both");
-    const auto chosen = engine_options(full(options, mirror_load_options_init));
+    const auto chosen = engine_options(full(options, init_load_options));
     auto made = std::make_unique<mirror_engine>();
     made->engine = mirror::Engine::load(std::filesystem::u8path(folder), chosen);
     *engine = made.release();

@@ -36,4 +36,30 @@ std::vector<Branch> choose_branches(const Tokens& window, const std::vector<Cand
   return branches;
 }
 
+std::vector<int> by_likelihood(const std::vector<Branch>& branches, const std::vector<int>& fanout) {
+  std::vector<int> rows;
+  std::vector<double> parts;  // of its position's fan-out, up to each branch
+  int rank = 0;
+  for (std::size_t row = 0; row < branches.size(); ++row) {
+    rank = row > 0 && branches[row].accepted == branches[row - 1].accepted ? rank + 1 : 1;
+    parts.push_back(static_cast<double>(rank) / fanout[static_cast<std::size_t>(branches[row].accepted)]);
+    rows.push_back(static_cast<int>(row));
+  }
+  const auto likelier = [&parts](int a, int b) {
+    return parts[static_cast<std::size_t>(a)] < parts[static_cast<std::size_t>(b)];
+  };
+  std::stable_sort(rows.begin(), rows.end(), likelier);
+  return rows;
+}
+
+std::vector<Branch> likeliest(const std::vector<Branch>& branches, const std::vector<int>& fanout, int count) {
+  if (static_cast<int>(branches.size()) <= count) return branches;
+  std::vector<int> rows = by_likelihood(branches, fanout);
+  rows.resize(static_cast<std::size_t>(count));
+  std::sort(rows.begin(), rows.end());
+  std::vector<Branch> kept;
+  for (const int row : rows) kept.push_back(branches[static_cast<std::size_t>(row)]);
+  return kept;
+}
+
 }  // namespace mirror

@@ -14,6 +14,14 @@ namespace mirror {
 std::vector<Branch> choose_branches(const Tokens& window, const std::vector<Candidates>& sources,
                                     const std::vector<int>& fanout);
 
+// The rows of branches by falling odds, as far as a fan-out tells: it gives each position the branches that are worth
+// having beside all others, so the first third of one position's is about as likely as the first third of another's.
+// `branches` as choose_branches returns them, `fanout` what they were chosen with.
+std::vector<int> by_likelihood(const std::vector<Branch>& branches, const std::vector<int>& fanout);
+
+// The `count` likeliest branches, in their order.
+std::vector<Branch> likeliest(const std::vector<Branch>& branches, const std::vector<int>& fanout, int count);
+
 // How many draft tokens of a window stand, and the target's token after them. `choose(i)` returns the
 // target's token after x_i; it is called in order, and only while all draft tokens before stand.
 template <typename Choose>

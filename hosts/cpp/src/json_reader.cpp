@@ -153,6 +153,13 @@ bool JsonObject::is_null(const char* key) {
   return found == value_.end() || found->is_null();
 }
 
+std::optional<std::vector<std::int64_t>> JsonObject::nullable_numbers(const char* key, std::int64_t minimum) {
+  if (is_null(key)) return std::nullopt;
+  if (!value_[key].is_array()) fail(key, python_text(value_[key]) + " is not of type 'array', 'null'");
+  if (value_[key].empty()) fail(key, "[] should be non-empty");
+  return numbers(key, minimum);
+}
+
 void JsonObject::end() const {
   std::vector<std::string> left;
   for (const auto& [key, item] : value_.items())

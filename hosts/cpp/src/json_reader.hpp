@@ -32,6 +32,8 @@ class JsonObject {
   // Absent and null are the same for these.
   std::optional<std::string> nullable_text(const char* key);
   std::optional<std::string> nullable_choice(const char* key, const std::vector<std::string>& choices);
+  // Numbers that, where they are there, are one at least.
+  std::optional<std::vector<std::int64_t>> nullable_numbers(const char* key, std::int64_t minimum);
   std::int64_t number(const char* key, std::int64_t minimum);
   std::optional<std::int64_t> nullable_number(const char* key);
   std::vector<std::int64_t> numbers(const char* key, std::int64_t minimum);

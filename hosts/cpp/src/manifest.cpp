@@ -166,9 +166,9 @@ std::optional<DraftFacts> read_draft(JsonObject& top) {
 
 Settings read_settings(JsonObject found) {
   const auto lists = [&found](const char* key, std::int64_t minimum) -> std::optional<std::vector<int>> {
-    if (found.is_null(key)) return std::nullopt;
-    if (found.array(key).empty()) found.fail(key, "[] should be non-empty");
-    return small(found.numbers(key, minimum));
+    const auto numbers = found.nullable_numbers(key, minimum);
+    if (!numbers) return std::nullopt;
+    return small(*numbers);
   };
   Settings facts;
   if (const auto mode = found.nullable_choice("mode", {"plain", "serial", "mirror"})) facts.mode = parse_mode(*mode);
@@ -177,6 +177,8 @@ Settings read_settings(JsonObject found) {
   if (!found.is_null("gamma")) facts.gamma = small(found.number("gamma", 1));
   facts.fanout = lists("fanout", 0);
   facts.tokens_per_pass = lists("tokens_per_pass", 1);
+  facts.branches_per_pass = lists("branches_per_pass", 1);
+  facts.proposal_tokens_per_pass = lists("proposal_tokens_per_pass", 1);
   facts.target_device = found.nullable_text("target_device");
   facts.suffix_device = found.nullable_text("suffix_device");
   facts.draft_device = found.nullable_text("draft_device");

@@ -39,7 +39,7 @@ Proposal ModelDraft::propose(const Tokens& tokens, int count, const Noise& noise
   {
     const auto span = log_.span(SpanName::propose);
     std::vector<Given> passes;
-    for (const BranchPass& item : branch_passes(shape_.tokens_per_pass, count))
+    for (const BranchPass& item : branch_passes(shape_.proposal_tokens_per_pass, count))
       passes.push_back(passes.empty() ? advance(tokens, item.gives, noise) : go_on(passes.back(), item.gives, noise));
     for (const Given& pass : passes) {
       const Token* next = pass.wait();
@@ -107,7 +107,9 @@ std::vector<Branch> ModelDraft::branches(const Tokens& window, Candidates own, M
       after.push_back(filled_ - static_cast<int>(window.size()) + 1 + static_cast<int>(row));
     for (Candidates& source : sources) noise->order(source, after);
   }
-  return choose_branches(window, sources, fanout_);
+  const std::vector<Branch> chosen = choose_branches(window, sources, fanout_);
+  // One that the first pass leaves out would propose nothing, where a proposal made anew may.
+  return likeliest(chosen, fanout_, branches_at(0, static_cast<int>(chosen.size()), shape_.branches_per_pass));
 }
 
 // Runs the tokens not read yet; returns the `gives` likeliest tokens after them.
@@ -170,34 +172,45 @@ Candidates ModelDraft::run_trunk(const Tokens& window) {
   return found;
 }
 
-// Leaves one of the branches, of which `count` tokens each are to be read.
-void ModelDraft::Alive::keep_only(std::size_t place, int count) {
-  rows = {rows[place]};
+void ModelDraft::Alive::keep(std::size_t place, std::size_t count, int read) {
+  const auto part = [&](auto& all) {
+    all.erase(all.begin() + static_cast<std::ptrdiff_t>(place + count), all.end());
+    all.erase(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(place));
+  };
+  part(rows);
   if (given)
-    first += static_cast<int>(place) * count;
+    first += static_cast<int>(place) * read;
   else
-    tokens = {tokens[place]};
+    part(tokens);
 }
 
-// Continues every branch; once the outcome is known, only the one that it takes.
+// Leaves the branches worth continuing: the first ones until the outcome is known, then at most the one that it takes.
+// `number`: the pass's; `read`: tokens of each branch that it reads. Returns whether there are any.
+bool ModelDraft::narrow(Alive& alive, std::size_t number, int read, const std::vector<Branch>& branches,
+                        Meeting& meeting) const {
+  if (alive.rows.empty() || meeting.abandoned()) return false;
+  const auto outcome = meeting.outcome();
+  if (!outcome) {
+    const int most = branches_at(number, static_cast<int>(branches.size()), shape_.branches_per_pass);
+    if (static_cast<std::size_t>(most) < alive.rows.size()) alive.keep(0, static_cast<std::size_t>(most), read);
+    return true;
+  }
+  const auto place = std::find(alive.rows.begin(), alive.rows.end(), find_branch(branches, *outcome));
+  if (place == alive.rows.end()) return false;
+  alive.keep(static_cast<std::size_t>(place - alive.rows.begin()), 1, read);
+  return true;
+}
+
+// Continues every branch as far as it may go; once the outcome is known, only the one that it takes.
 void ModelDraft::continue_all(Rollout& rollout, int base, int depth, Meeting& meeting, const Noise& noise) {
   Alive alive;
-  for (std::size_t row = 0; row < rollout.branches.size(); ++row) {
-    alive.rows.push_back(static_cast<int>(row));
-    alive.tokens.push_back({rollout.branches[row].next});
-  }
+  alive.rows = by_likelihood(rollout.branches, fanout_);
+  for (const int row : alive.rows) alive.tokens.push_back({rollout.branches[static_cast<std::size_t>(row)].next});
   std::vector<Given> passes;
   const int first_slot = filled_;
   int slot = filled_, read = 0;
   for (const BranchPass& item : branch_passes(shape_.tokens_per_pass, depth)) {
-    if (meeting.abandoned()) break;
-    if (const auto outcome = meeting.outcome()) {
-      const int taken = find_branch(rollout.branches, *outcome);
-      const auto place = std::find(alive.rows.begin(), alive.rows.end(), taken);
-      if (place == alive.rows.end()) break;
-      alive.keep_only(static_cast<std::size_t>(place - alive.rows.begin()), item.real);
-    }
-    if (alive.rows.empty()) break;
+    if (!narrow(alive, passes.size(), item.real, rollout.branches, meeting)) break;
     passes.push_back(branch_pass(item, alive, rollout.branches, base, read, slot, noise));
     hand_on(passes.back(), alive);
     read += item.real;

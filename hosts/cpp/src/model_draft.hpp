@@ -21,8 +21,10 @@ struct DraftShape {
   int vocab_size;         // its own vocabulary; the first stream's id
   int target_vocab_size;  // tokens past it are never proposed
   int prefill_chunk;
-  std::vector<int> tokens_per_pass;
-  std::size_t state_bytes = 0;  // of one fed row; 0 where no features are fed
+  std::vector<int> tokens_per_pass;           // of a rollout
+  std::vector<int> branches_per_pass;         // the likeliest; see branches_at
+  std::vector<int> proposal_tokens_per_pass;  // of a proposal, while the target waits for it
+  std::size_t state_bytes = 0;                // of one fed row; 0 where no features are fed
 };
 
 // Invariant: slots below filled_ hold the rows of the tokens given last, with one exception that every
@@ -50,14 +52,15 @@ class ModelDraft final : public Draft {
     std::map<int, std::unique_ptr<BoundPass>> trunk, branch;  // by wanted rows
   };
 
-  // The branches that a rollout still continues, and what the next pass reads of each.
+  // The branches that a rollout still continues, the likeliest first, and what the next pass reads of each.
   struct Alive {
     std::vector<int> rows;
     std::vector<Tokens> tokens;        // per row; empty while they are on the device alone
     std::optional<LaunchedIds> given;  // where they are then, from `first` on, row after row
     int first = 0;
 
-    void keep_only(std::size_t place, int count);
+    // Leaves some of the branches; `read`: tokens of each that are to be read.
+    void keep(std::size_t place, std::size_t count, int read);
   };
 
   // What a pass gave each of some branches, [branches, gives]; on its way where passes are only launched.
@@ -79,6 +82,7 @@ class ModelDraft final : public Draft {
   Given step(const Token* tokens, int count, const std::optional<LaunchedIds>& launched, int gives, int width,
              const Noise& noise);
   Candidates run_trunk(const Tokens& window);
+  bool narrow(Alive& alive, std::size_t number, int read, const std::vector<Branch>& branches, Meeting& meeting) const;
   void continue_all(Rollout& rollout, int base, int depth, Meeting& meeting, const Noise& noise);
   Given branch_pass(const BranchPass& item, const Alive& alive, const std::vector<Branch>& branches, int base, int read,
                     int& slot, const Noise& noise);

@@ -60,17 +60,35 @@ std::vector<int> fanout_of(const Manifest& manifest, const EngineOptions& option
   return fanout;
 }
 
-std::vector<int> tokens_per_pass_of(const Manifest& manifest, const EngineOptions& options) {
+// The draft's streams are one token less than a pass of it gives at most.
+std::vector<int> checked_tokens(const Manifest& manifest, const char* name, const std::vector<int>& tokens) {
   const int streams = manifest.draft ? manifest.draft->streams : 0;
-  std::vector<int> tokens = {1};
-  if (manifest.settings.tokens_per_pass) tokens = *manifest.settings.tokens_per_pass;
-  if (options.tokens_per_pass) tokens = *options.tokens_per_pass;
   const auto [least, most] = std::minmax_element(tokens.begin(), tokens.end());
   if (tokens.empty() || *least < 1 || *most > 1 + streams)
-    throw Error(ErrorKind::request, "tokens_per_pass is " + listed(tokens) + "; the draft has " +
+    throw Error(ErrorKind::request, std::string(name) + " is " + listed(tokens) + "; the draft has " +
                                         std::to_string(streams) + " streams, so its counts must be 1 to " +
                                         std::to_string(1 + streams));
   return tokens;
+}
+
+// Fills the tokens and branches of a rollout's passes, and the tokens of a proposal's.
+void choose_passes(Plan& plan, const Manifest& manifest, const EngineOptions& options) {
+  const Settings& settings = manifest.settings;
+  std::optional<std::vector<int>> branches = options.branches_per_pass, proposal = options.proposal_tokens_per_pass;
+  // The bundle's other counts belong to the bundle's passes: a user's own have no limits, and are for proposals too.
+  if (!options.tokens_per_pass) {
+    if (!branches) branches = settings.branches_per_pass;
+    if (!proposal) proposal = settings.proposal_tokens_per_pass;
+  }
+  const auto tokens = options.tokens_per_pass ? options.tokens_per_pass : settings.tokens_per_pass;
+  plan.tokens_per_pass = checked_tokens(manifest, "tokens_per_pass", tokens.value_or(std::vector<int>{1}));
+  plan.branches_per_pass = branches.value_or(std::vector<int>{});
+  const std::vector<int>& counts = plan.branches_per_pass;
+  if (!counts.empty() && (counts.back() < 1 || !std::is_sorted(counts.rbegin(), counts.rend())))
+    throw Error(ErrorKind::request,
+                "branches_per_pass is " + listed(counts) + "; its counts must be 1 or more and never rise");
+  plan.proposal_tokens_per_pass =
+      checked_tokens(manifest, "proposal_tokens_per_pass", proposal.value_or(plan.tokens_per_pass));
 }
 
 // In mirror mode on a shared CPU target and draft run at the same time, and a thread too many makes
@@ -86,7 +104,7 @@ void split_threads(Plan& plan, int total, bool shared) {
 constexpr int rollout_slots = 4096;
 
 void check_rollout(const Plan& plan) {
-  const int rows = rollout_capacity(0, plan.gamma, plan.branches(), plan.tokens_per_pass);
+  const int rows = plan.rollout_slots();
   if (rows <= rollout_slots) return;
   throw Error(ErrorKind::request, "a rollout of " + std::to_string(plan.branches()) + " branches by " +
                                       std::to_string(plan.gamma) + " tokens takes " + std::to_string(rows) +
@@ -118,11 +136,15 @@ void require_output(const SegmentFacts& facts, const char* name) {
       throw Error(ErrorKind::bundle, facts.name + " has no output " + name + "; export the bundle again");
 }
 
-// The passes of a proposal and of a rollout: one branch's, and all branches'.
+// The passes of a proposal and of a rollout: one branch's, and those of all that take part.
 std::vector<PassShape> draft_shapes(const Plan& plan) {
   std::set<PassShape> shapes;
+  std::size_t number = 0;
   for (const BranchPass& pass : branch_passes(plan.tokens_per_pass, plan.gamma))
-    for (const int count : {1, plan.branches()}) shapes.insert({count * pass.rows(), count * pass.gives});
+    for (const int count : {1, branches_at(number++, plan.branches(), plan.branches_per_pass)})
+      shapes.insert({count * pass.rows(), count * pass.gives});
+  for (const BranchPass& pass : branch_passes(plan.proposal_tokens_per_pass, plan.gamma))
+    shapes.insert({pass.rows(), pass.gives});
   return {shapes.begin(), shapes.end()};
 }
 
@@ -155,6 +177,11 @@ void EngineOptions::check() const {
 
 int Plan::branches() const { return std::accumulate(fanout.begin(), fanout.end(), 0); }
 
+int Plan::rollout_slots() const {
+  const int most_given = *std::max_element(proposal_tokens_per_pass.begin(), proposal_tokens_per_pass.end());
+  return rollout_capacity(0, gamma, branches(), tokens_per_pass, branches_per_pass, most_given);
+}
+
 Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shared_cpu) {
   options.check();
   const Settings& settings = manifest.settings;
@@ -168,7 +195,7 @@ Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shar
   plan.max_length = length_of(manifest, options);
   plan.gamma = options.gamma.value_or(settings.gamma.value_or(manifest.decoding.gamma));
   plan.fanout = fanout_of(manifest, options, plan.gamma);
-  plan.tokens_per_pass = tokens_per_pass_of(manifest, options);
+  choose_passes(plan, manifest, options);
   plan.pinned = options.pinned;
   plan.draft_timeout_s = options.draft_timeout_s;
   plan.max_ngram_size = options.max_ngram_size;
@@ -193,8 +220,7 @@ Placement open_devices(const Manifest& manifest, const EngineOptions& options) {
 
 std::vector<MemoryNeed> memory_needs(const std::filesystem::path& folder, const Manifest& manifest, const Plan& plan,
                                      const Placement& places) {
-  const int target = plan.target_capacity(),
-            draft = rollout_capacity(plan.max_length, plan.gamma, plan.branches(), plan.tokens_per_pass);
+  const int target = plan.target_capacity(), draft = plan.draft_capacity();
   struct Part {
     const char* name;
     const Device* device;
@@ -263,7 +289,7 @@ std::unique_ptr<Draft> load_draft(const std::filesystem::path& folder, const Man
   const SegmentFacts &trunk = manifest.segment("draft_trunk"), &branch = manifest.segment("draft");
   for (const char* name : {"candidate_ids", "candidate_logprobs"}) require_output(trunk, name);
   require_output(branch, "token_ids");
-  const int capacity = rollout_capacity(plan.max_length, plan.gamma, plan.branches(), plan.tokens_per_pass);
+  const int capacity = plan.draft_capacity();
   const auto steps = draft_shapes(plan);
   DraftShape shape{capacity,
                    manifest.model.max_positions,
@@ -271,6 +297,8 @@ std::unique_ptr<Draft> load_draft(const std::filesystem::path& folder, const Man
                    manifest.model.vocab_size,
                    manifest.decoding.prefill_chunk,
                    plan.tokens_per_pass,
+                   plan.branches_per_pass,
+                   plan.proposal_tokens_per_pass,
                    feature_bytes(manifest, branch)};
   return std::make_unique<ModelDraft>(
       device.load_segment(folder, trunk, capacity, {{plan.gamma + 1, 0}}, steps, plan.draft_threads),

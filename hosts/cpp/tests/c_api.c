@@ -52,6 +52,15 @@ static void options_that_are_wrong(const char* bundle) {
   refused(mirror_engine_load(bundle, &options, &engine), MIRROR_REQUEST, "MIRROR_MODE_");
   memset(&options, 0, sizeof options);
   refused(mirror_engine_load(bundle, &options, &engine), MIRROR_REQUEST, "struct_size is not set");
+  const int32_t rising[] = {2, 3};
+  mirror_load_options_init(&options);
+  options.branches_per_pass = rising;
+  options.branches_per_pass_count = 2;
+  refused(mirror_engine_load(bundle, &options, &engine), MIRROR_REQUEST, "branches_per_pass is (2, 3)");
+  mirror_load_options_init(&options);
+  options.proposal_tokens_per_pass = rising;
+  options.proposal_tokens_per_pass_count = 1;
+  refused(mirror_engine_load(bundle, &options, &engine), MIRROR_REQUEST, "proposal_tokens_per_pass is (2,)");
   refused(mirror_engine_load(NULL, NULL, &engine), MIRROR_REQUEST, "NULL");
   refused(mirror_engine_load("/no/such/folder", NULL, &engine), MIRROR_BUNDLE, "the folder does not exist");
   check(engine == NULL, "a failed load gives no engine");
@@ -73,6 +82,21 @@ static void an_older_program(const char* bundle) {
   check(facts.mode == MIRROR_MODE_PLAIN && facts.vocab_size == 23 && facts.gamma == 3 && facts.max_length == 64 &&
             facts.recorded_passes == 0,
         "facts");
+  mirror_engine_free(engine);
+}
+
+static void a_program_of_1_2(const char* bundle) {
+  /* Its struct ends before branches_per_pass; what lies behind is its own. */
+  const size_t size = offsetof(mirror_load_options, branches_per_pass);
+  mirror_load_options options;
+  mirror_engine* engine = NULL;
+  unsigned char behind[sizeof options];
+  memset(&options, 0xAB, sizeof options);
+  memset(behind, 0xAB, sizeof behind);
+  (mirror_load_options_init)(&options); /* the function, not the macro that newer programs see */
+  check(memcmp((unsigned char*)&options + size, behind, sizeof options - size) == 0, "nothing behind it is written");
+  check(options.struct_size == size && options.max_ngram_size == 3 && options.kappa == 0, "its members are filled");
+  succeeds(mirror_engine_load(bundle, &options, &engine), "a program of 1.2 loads");
   mirror_engine_free(engine);
 }
 
@@ -130,7 +154,8 @@ static void text_without_a_tokenizer(mirror_engine* engine) {
 
 static void chat_formats(const char* bundles) {
   const mirror_message messages[] = {{"system", "Be brief.", 9}, {"user", "a b", 3}};
-  const char* expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\n";
+  const char* expected =
+      "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\n";
   mirror_load_options options;
   mirror_engine* engine = NULL;
   mirror_answer* answer = NULL;
@@ -184,6 +209,7 @@ int main(int count, char** arguments) {
   check(mirror_status_code(NULL) == MIRROR_OK && strcmp(mirror_status_message(NULL), "") == 0, "no status is success");
   options_that_are_wrong(bundle);
   an_older_program(bundle);
+  a_program_of_1_2(bundle);
   succeeds(mirror_bundle_check(bundle, 1), "the bundle is whole");
   succeeds(mirror_engine_load(bundle, NULL, &engine), "load");
   answers(engine);

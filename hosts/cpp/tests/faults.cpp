@@ -8,6 +8,7 @@
 #include <future>
 #include <mutex>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <thread>
 
 #include "checks.hpp"
@@ -249,6 +250,17 @@ void options_that_can_not_be_served() {
   options = {};
   options.tokens_per_pass = std::vector<int>{2};
   refused("streams", ErrorKind::request, "the draft has 0 streams", [&] { open_engine("context", options); });
+  options = {};
+  options.proposal_tokens_per_pass = std::vector<int>{1, 2};
+  refused("streams of a proposal", ErrorKind::request, "proposal_tokens_per_pass is (1, 2); the draft has 0 streams",
+          [&] { open_engine("context", options); });
+  options = {};
+  options.branches_per_pass = std::vector<int>{2, 3};
+  refused("more branches", ErrorKind::request,
+          "branches_per_pass is (2, 3); its counts must be 1 or more and never rise",
+          [&] { open_engine("context", options); });
+  options.branches_per_pass = std::vector<int>{2, 0};
+  refused("no branches", ErrorKind::request, "branches_per_pass is (2, 0)", [&] { open_engine("context", options); });
   refused("no draft", ErrorKind::request, "mode mirror needs a draft and this bundle has none",
           [&] { open_engine("alone", {}); });
   options = {};
@@ -351,14 +363,17 @@ Tokens drawn(Engine& engine, const Tokens& tokens) {
   return answer->tokens();
 }
 
-// The plain path of five bundles, in every mode on two devices that are made anew each time.
+// The plain path of six bundles, in every mode on two devices that are made anew each time.
 template <typename MakeTarget, typename MakeDraft>
 void every_mode(const std::string& name, MakeTarget target, MakeDraft draft) {
-  for (const std::string bundle : {"context", "wide", "perfect", "streams", "fed"})
+  for (const std::string bundle : {"context", "wide", "perfect", "streams", "fed", "tuned"})
     for (const Mode mode : {Mode::plain, Mode::serial, Mode::mirror}) {
       EngineOptions options = in_mode(mode);
       options.pinned = mode != Mode::serial;
       if (bundle == "streams") options.tokens_per_pass = std::vector<int>{3};
+      if (bundle == "wide") options.branches_per_pass = std::vector<int>{17, 8, 3};
+      if (bundle == "perfect") options.branches_per_pass = std::vector<int>{12, 8, 2};
+      if (bundle == "tuned" && mode == Mode::serial) options.proposal_tokens_per_pass = std::vector<int>{2, 1};
       const std::string what = name + " " + bundle + " " + to_string(mode);
       const Tokens start = {4, 5, 6, 7, 8, 9, 1};
       const auto plain = open_engine(bundle, in_mode(Mode::plain)),
@@ -383,6 +398,76 @@ void forms_and_widths(Form form, bool fixed, bool binds) {
     return made;
   };
   every_mode(name, device, device);
+}
+
+// A draft alone, of windows of 4 tokens; an outcome that is given is decided during its rollout's second pass.
+struct LoneDraft {
+  LoneDraft(const std::string& bundle, std::vector<int> branches_per_pass, std::shared_ptr<DeviceStream> stream,
+            bool fixed_widths) {
+    EngineOptions options;
+    options.candidates = CandidateSource::draft;
+    if (!branches_per_pass.empty()) options.branches_per_pass = std::move(branches_per_pass);
+    options.threads = 1;
+    const Manifest manifest = read_manifest(bundles / bundle);
+    const Plan plan = make_plan(manifest, options, true);
+    const auto look = [this](const std::string& segment, const PassFeeds& feeds) {
+      if (segment != "draft") return;
+      widths.insert(feeds.width);
+      if (++passes == 2 && outcome) meeting->decide(*outcome);
+    };
+    HookedDevice device(look, Form::inplace, fixed_widths);
+    device.stream = std::move(stream);
+    draft = load_draft(bundles / bundle, manifest, plan, device);
+  }
+
+  Rollout roll_out(const std::optional<Outcome>& decided) {
+    const Tokens context = {1, 2, 3, 4, 5, 6, 7};
+    Tokens window = draft->propose(context, 4, std::nullopt).tokens;
+    window.insert(window.begin(), context.back());
+    meeting = std::make_unique<Meeting>();
+    outcome = decided;
+    passes = 0;
+    return draft->roll_out(context, window, 4, *meeting, std::nullopt);
+  }
+
+  std::unique_ptr<Draft> draft;
+  std::unique_ptr<Meeting> meeting;
+  std::optional<Outcome> outcome;
+  std::set<int> widths;
+  int passes = 0;
+};
+
+// Once the outcome is known, the branch that it takes goes on alone, if it took part so far: limits or not, and where
+// the passes' tokens are on the device alone, too.
+void taken_branch_goes_on_alone(bool launched, const std::vector<int>& limits) {
+  const std::string name = std::string("taken") + (launched ? " launched" : "") + (limits.size() > 1 ? " of few" : "");
+  const auto stream = [launched] { return launched ? std::make_shared<LateStream>() : nullptr; };
+  const Rollout whole = LoneDraft("wide", {}, stream(), false).roll_out({});
+  LoneDraft draft("wide", limits, stream(), false);
+  const Rollout undecided = draft.roll_out({});
+  checks.check(whole.branches.size() == 25 && undecided.branches.size() == static_cast<std::size_t>(limits[0]),
+               name + ": branches");
+  for (const Branch& taken : undecided.branches) {
+    const Rollout found = draft.roll_out(Outcome{taken.accepted, taken.next});
+    for (std::size_t row = 0; row < found.branches.size(); ++row) {
+      const Branch& branch = found.branches[row];
+      const int same = find_branch(whole.branches, {branch.accepted, branch.next});
+      const Tokens& all = whole.continuations.at(static_cast<std::size_t>(same));
+      const bool is_taken = branch.accepted == taken.accepted && branch.next == taken.next;
+      const std::ptrdiff_t length = undecided.continuations[row].size() < 2 ? 1 : is_taken ? 4 : 2;
+      checks.equal(found.continuations[row], Tokens(all.begin(), all.begin() + length), name);
+    }
+  }
+}
+
+// A device that takes few widths has those of the branches that take part, six here, and of a proposal's passes, three.
+void passes_have_widths_of_their_own() {
+  LoneDraft draft("tuned", {}, nullptr, true);
+  checks.equal(draft.roll_out({}).branches.size(), std::size_t{6}, "six branches take part");
+  std::string found;
+  for (const int width : draft.widths) found += " " + std::to_string(width);
+  draft.widths.erase(1);  // of a context's odd row
+  checks.check(draft.widths == std::set<int>{3, 6}, "widths of a draft's passes:" + found);
 }
 
 // Passes that are only launched, and read when someone waits for them, give the plain path too: recorded ones, those
@@ -619,6 +704,10 @@ int main(int count, char** arguments) {
   for (const Form form : {Form::inplace, Form::rows})
     for (const bool fixed : {false, true}) checks.group("forms", [&] { forms_and_widths(form, fixed, true); });
   checks.group("unbound", [] { forms_and_widths(Form::rows, true, false); });
+  for (const bool launched : {false, true})
+    for (const auto& limits : {std::vector<int>{25}, std::vector<int>{20, 12, 5}})
+      checks.group("taken", [&] { taken_branch_goes_on_alone(launched, limits); });
+  checks.group("widths", passes_have_widths_of_their_own);
   checks.group("launched", passes_that_are_launched);
   for (const bool hurries : {false, true}) {
     for (const bool pinned : {false, true})

@@ -100,14 +100,41 @@ Candidates candidates_of(const Json& rows) {
   return found;
 }
 
+// A list of counts; nothing where it is null.
+std::optional<std::vector<int>> counts_of(const Json& list) {
+  if (list.is_null()) return std::nullopt;
+  return list.get<std::vector<int>>();
+}
+
+Json pairs_of(const std::vector<Branch>& branches) {
+  Json pairs = Json::array();
+  for (const Branch& branch : branches) pairs.push_back({branch.accepted, branch.next});
+  return pairs;
+}
+
 void check_branches(Checks& checks, const Json& item) {
   std::vector<Candidates> sources;
   for (const Json& rows : item["sources"]) sources.push_back(candidates_of(rows));
-  Json found = Json::array();
-  for (const Branch& branch :
-       choose_branches(item["window"].get<Tokens>(), sources, item["fanout"].get<std::vector<int>>()))
-    found.push_back({branch.accepted, branch.next});
+  const Json found =
+      pairs_of(choose_branches(item["window"].get<Tokens>(), sources, item["fanout"].get<std::vector<int>>()));
   checks.equal(found, item["branches"], "branches " + item.dump() + " gave " + found.dump());
+}
+
+void check_likelihood(Checks& checks, const Json& item) {
+  const auto fanout = item["fanout"].get<std::vector<int>>();
+  std::vector<Branch> branches;
+  for (const Json& pair : item["branches"]) branches.push_back({pair[0], pair[1]});
+  const Json order = by_likelihood(branches, fanout);
+  checks.equal(order, item["order"], "likelihood " + item.dump() + " gave " + order.dump());
+  const Json kept = pairs_of(likeliest(branches, fanout, item["count"]));
+  checks.equal(kept, item["kept"], "likeliest " + item.dump() + " gave " + kept.dump());
+}
+
+void check_capacity(Checks& checks, const Json& item) {
+  const int slots = rollout_capacity(item["max_length"], item["gamma"], item["branches"],
+                                     item["tokens_per_pass"].get<std::vector<int>>(),
+                                     item["branches_per_pass"].get<std::vector<int>>(), item["most_given"]);
+  checks.equal(slots, item["slots"].get<int>(), "capacity " + item.dump() + " gave " + std::to_string(slots));
 }
 
 void check_noise_order(Checks& checks, const Json& item) {
@@ -121,6 +148,8 @@ void check_noise_order(Checks& checks, const Json& item) {
 
 void check_rounds(Checks& checks, const Json& rounds) {
   for (const Json& item : rounds["branches"]) check_branches(checks, item);
+  for (const Json& item : rounds["likelihoods"]) check_likelihood(checks, item);
+  for (const Json& item : rounds["capacities"]) check_capacity(checks, item);
   check_noise_order(checks, rounds["noise_order"]);
   for (const Json& item : rounds["verify"]) {
     const Outcome outcome = verify(item["window"].get<Tokens>(), [&](int row) {
@@ -200,14 +229,22 @@ void check_generation(Checks& checks, Engine& engine, const Json& item, const st
   checks.check(answer->events().empty(), name + (answer->events().empty() ? "" : ": " + answer->events()[0].message));
 }
 
+// The options of a draft's passes.
+EngineOptions passes_of(const Json& item) {
+  EngineOptions options;
+  options.threads = 1;
+  options.tokens_per_pass = counts_of(item["tokens_per_pass"]);
+  options.branches_per_pass = counts_of(item["branches_per_pass"]);
+  options.proposal_tokens_per_pass = counts_of(item["proposal_tokens_per_pass"]);
+  return options;
+}
+
 void check_generations(Checks& checks, const Json& cases, const fs::path& bundles) {
   for (const Json& item : cases)
     for (const CandidateSource source : {CandidateSource::both, CandidateSource::exit, CandidateSource::draft}) {
-      EngineOptions options;
+      EngineOptions options = passes_of(item);
       options.mode = parse_mode(item["modes"].back());
       options.candidates = source;
-      options.threads = 1;
-      if (!item["tokens_per_pass"].is_null()) options.tokens_per_pass = item["tokens_per_pass"].get<std::vector<int>>();
       const auto engine = Engine::load(bundles / item["bundle"].get<std::string>(), options);
       for (const Json& mode : item["modes"]) check_generation(checks, *engine, item, mode);
     }
@@ -232,21 +269,25 @@ void check_turn(Checks& checks, Draft& draft, int gamma, const Json& turn, const
   checks.equal(proposed, turn["proposed"].get<Tokens>(), "proposed " + turn.dump() + " gave " + Json(proposed).dump());
   Tokens window = {context.back()};
   window.insert(window.end(), proposed.begin(), proposed.end());
-  Meeting meeting;
-  meeting.state(exit_states(before_last, static_cast<int>(window.size())));
-  const Rollout rollout = draft.roll_out(context, window, gamma, meeting, noise);
-  Json branches = Json::array();
-  for (const Branch& branch : rollout.branches) branches.push_back({branch.accepted, branch.next});
-  checks.equal(branches, turn["branches"], "branches " + turn.dump() + " gave " + branches.dump());
-  checks.equal(Json(rollout.continuations), turn["continuations"],
-               "continuations " + turn.dump() + " gave " + Json(rollout.continuations).dump());
+  const auto check_rollout = [&](const std::optional<Outcome>& outcome, const Json& expected) {
+    Meeting meeting;
+    meeting.state(exit_states(before_last, static_cast<int>(window.size())));
+    if (outcome) meeting.decide(*outcome);
+    const Rollout rollout = draft.roll_out(context, window, gamma, meeting, noise);
+    const Json branches = pairs_of(rollout.branches), continuations = rollout.continuations;
+    checks.equal(branches, turn["branches"], "branches " + turn.dump() + " gave " + branches.dump());
+    checks.equal(continuations, expected, "continuations " + turn.dump() + " gave " + continuations.dump());
+  };
+  check_rollout({}, turn["continuations"]);
+  const Json& decided = turn["decided"];
+  if (!decided.is_null())
+    check_rollout(Outcome{decided["outcome"][0], decided["outcome"][1]}, decided["continuations"]);
 }
 
 void check_draft(Checks& checks, const Json& item, const fs::path& folder) {
-  EngineOptions options;
+  EngineOptions options = passes_of(item);
   options.candidates = CandidateSource::draft;
-  options.tokens_per_pass = item["tokens_per_pass"].get<std::vector<int>>();
-  options.threads = 1;
+  options.fanout = counts_of(item["fanout"]);
   const Manifest manifest = read_manifest(folder);
   const Plan plan = make_plan(manifest, options, true);
   const auto device = open_device("cpu");

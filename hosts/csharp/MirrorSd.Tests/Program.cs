@@ -155,18 +155,21 @@ internal static class Program
 
     private static Mode ModeOf(JsonElement text) => Enum.Parse<Mode>(text.GetString(), true);
 
+    private static int[] CountsOf(JsonElement list) => list.ValueKind == JsonValueKind.Null
+        ? null : list.EnumerateArray().Select(count => count.GetInt32()).ToArray();
+
     private static void Generations(JsonElement cases, string bundles)
     {
         foreach (var item in cases.EnumerateArray())
         {
             var modes = item.GetProperty("modes").EnumerateArray().ToArray();
-            var passes = item.GetProperty("tokens_per_pass");
             var load = new LoadOptions
             {
                 Mode = ModeOf(modes[modes.Length - 1]),
                 Threads = 1,
-                TokensPerPass = passes.ValueKind == JsonValueKind.Null
-                    ? null : passes.EnumerateArray().Select(count => count.GetInt32()).ToArray(),
+                TokensPerPass = CountsOf(item.GetProperty("tokens_per_pass")),
+                BranchesPerPass = CountsOf(item.GetProperty("branches_per_pass")),
+                ProposalTokensPerPass = CountsOf(item.GetProperty("proposal_tokens_per_pass")),
             };
             using (var engine = Engine.Load(Path.Combine(bundles, item.GetProperty("bundle").GetString()), load))
             {
@@ -204,6 +207,10 @@ internal static class Program
         Refused("no folder", ErrorCode.Bundle, "the folder does not exist", () => Engine.Load(bundle + "-not"));
         Refused("device", ErrorCode.Device, "no device is called 'tpu'", () => Engine.Load(bundle, new LoadOptions { TargetDevice = "tpu" }));
         Refused("gamma", ErrorCode.Request, "Gamma is 0", () => Engine.Load(bundle, new LoadOptions { Gamma = 0 }));
+        Refused("branches", ErrorCode.Request, "branches_per_pass is (1, 2)",
+            () => Engine.Load(bundle, new LoadOptions { BranchesPerPass = new[] { 1, 2 } }));
+        Refused("a proposal", ErrorCode.Request, "proposal_tokens_per_pass is (2,)",
+            () => Engine.Load(bundle, new LoadOptions { ProposalTokensPerPass = new[] { 2 } }));
         using (var engine = Engine.Load(bundle, new LoadOptions { Threads = 1 }))
         {
             long[] prompt = { 1, 2, 3 };

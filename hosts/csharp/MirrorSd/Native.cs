@@ -30,6 +30,10 @@ namespace MirrorSd
             public int VerifyHashes;
             public double DraftTimeoutS;
             public int MaxNgramSize;
+            public IntPtr BranchesPerPass;
+            public UIntPtr BranchesPerPassCount;
+            public IntPtr ProposalTokensPerPass;
+            public UIntPtr ProposalTokensPerPassCount;
         }
 
         [StructLayout(LayoutKind.Sequential)]
@@ -170,7 +174,7 @@ namespace MirrorSd
         internal static extern IntPtr mirror_register_provider_library(byte[] name, byte[] path);
 
         [DllImport(Library)]
-        internal static extern void mirror_load_options_init(out LoadOptions options);
+        internal static extern void mirror_load_options_init_sized(out LoadOptions options, UIntPtr size);
 
         [DllImport(Library)]
         internal static extern IntPtr mirror_engine_load(byte[] folder, ref LoadOptions options, out EngineHandle engine);

@@ -1,5 +1,6 @@
 using System;
 using System.Collections.Generic;
+using System.Runtime.InteropServices;
 
 namespace MirrorSd
 {
@@ -79,6 +80,14 @@ namespace MirrorSd
         /// <summary>Tokens that each of a rollout's passes gives a branch; the last number repeats. Else 1.</summary>
         public IReadOnlyList<int> TokensPerPass { get; set; }
 
+        /// <summary>Branches that take part in each of these passes at most, the likeliest; counts never rise, and the
+        /// last one repeats. Else the bundle's where TokensPerPass isn't said either, else all.</summary>
+        public IReadOnlyList<int> BranchesPerPass { get; set; }
+
+        /// <summary>As TokensPerPass, for proposals that the target waits for. Else the bundle's where TokensPerPass
+        /// isn't said either, else as for rollouts.</summary>
+        public IReadOnlyList<int> ProposalTokensPerPass { get; set; }
+
         /// <summary>Where the target runs: cpu, cuda:0, openvino:CPU, openvino:GPU, openvino:NPU. Else cpu.</summary>
         public string TargetDevice { get; set; }
 
@@ -103,7 +112,7 @@ namespace MirrorSd
 
         internal Native.LoadOptions ToNative(NativeMemory memory)
         {
-            Native.mirror_load_options_init(out var options);
+            Native.mirror_load_options_init_sized(out var options, (UIntPtr)Marshal.SizeOf<Native.LoadOptions>());
             options.Mode = Mode;
             options.Candidates = Candidates;
             options.Threads = Said(Threads, nameof(Threads));
@@ -114,6 +123,10 @@ namespace MirrorSd
             options.FanoutCount = (UIntPtr)(Fanout?.Count ?? 0);
             options.TokensPerPass = memory.Numbers(TokensPerPass);
             options.TokensPerPassCount = (UIntPtr)(TokensPerPass?.Count ?? 0);
+            options.BranchesPerPass = memory.Numbers(BranchesPerPass);
+            options.BranchesPerPassCount = (UIntPtr)(BranchesPerPass?.Count ?? 0);
+            options.ProposalTokensPerPass = memory.Numbers(ProposalTokensPerPass);
+            options.ProposalTokensPerPassCount = (UIntPtr)(ProposalTokensPerPass?.Count ?? 0);
             options.TargetDevice = memory.Text(TargetDevice);
             options.SuffixDevice = memory.Text(SuffixDevice);
             options.DraftDevice = memory.Text(DraftDevice);

@@ -9,8 +9,8 @@
  *            NULL is allowed. Pointers inside a result stay valid as long as the comment says.
  * Text.      UTF-8, with its length in bytes; no terminating zero is needed. Text that comes back is valid
  *            UTF-8 and never holds half a character.
- * Structs.   Fill options with their *_init function, then change what you want. struct_size lets a newer
- *            library serve an older program.
+ * Structs.   Fill options with their *_init, then change what you want. struct_size lets a newer library serve
+ *            an older program: new members come last, and nothing is read or written past a program's own struct.
  * Threads.   An engine makes one answer at a time: starting a second one is MIRROR_BUSY. An answer and its
  *            engine may be used from any thread, by one thread at a time, with one exception:
  *            mirror_engine_cancel may be called from any thread at any time. Different engines are independent.
@@ -39,7 +39,7 @@ extern "C" {
 
 /* Raised when something is added; functions are never taken away or changed under the same major number. */
 #define MIRROR_API_MAJOR 1
-#define MIRROR_API_MINOR 2
+#define MIRROR_API_MINOR 3
 
 /* The version that the library was built with: major * 1000 + minor. */
 MIRROR_API uint32_t mirror_api_version(void);
@@ -117,9 +117,19 @@ typedef struct mirror_load_options {
   int32_t verify_hashes;     /* 1: check the sha256 of every file; sizes are always checked */
   double draft_timeout_s;    /* until a draft counts as hung; 30 */
   int32_t max_ngram_size;    /* of an n-gram draft's look-up; 3 */
+  /* Since 1.3. The bundle's settings for these two hold where tokens_per_pass is not said either. */
+  const int32_t* branches_per_pass; /* that take part in a rollout's passes, the likeliest; never rising, the last
+                                       number repeats; all */
+  size_t branches_per_pass_count;
+  const int32_t* proposal_tokens_per_pass; /* of a proposal's passes, which the target waits for; tokens_per_pass */
+  size_t proposal_tokens_per_pass_count;
 } mirror_load_options;
 
+/* Fills a struct of the size that the program has. Since 1.3; programs say mirror_load_options_init(&options). */
+MIRROR_API void mirror_load_options_init_sized(mirror_load_options* options, size_t size);
+/* What programs built against 1.2 or older call: fills as much as they have. */
 MIRROR_API void mirror_load_options_init(mirror_load_options* options);
+#define mirror_load_options_init(options) mirror_load_options_init_sized((options), sizeof(mirror_load_options))
 
 /* Loads the bundle in a folder; options may be NULL. Free with mirror_engine_free. */
 MIRROR_API mirror_status* mirror_engine_load(const char* folder, const mirror_load_options* options,
