@@ -25,7 +25,7 @@ INSTALL_CUDA = 'pip install "mirror-sd[cuda]" && pip install --force-reinstall -
 _NAME_BYTES = 256
 
 # Of a GPU's multiprocessors, for a draft beside a target.
-_DRAFT_SHARE = 0.4
+_DRAFT_SHARE = 0.25
 # What a GPU must compute itself: on the CPU it would copy the whole cache there and back in every layer.
 _ATTENTION = "GroupQueryAttention"
 
