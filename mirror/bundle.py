@@ -23,6 +23,8 @@ from mirror.errors import BundleError
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "mirror.json"
 ROLLOUT_SLOTS = 4096  # slots past max_length that a draft's graphs have room for: the rows of a rollout
+NOISE_POSITIONS = 64  # rows of a noise table: a rollout looks at no more positions
+VOCABULARY_FILE = "draft_vocabulary.npy"  # the tokens that a trimmed head's scores are for, int64 [vocabulary]
 DATE_MARK = "{{date}}"  # in a chat format's texts, for today's date
 
 # The names a graph may use. A host computes every input below from its cursor and feeds those
@@ -40,6 +42,9 @@ INPUT_NAMES = (
     "slot_branch",  # int32 [capacity], the branch each slot belongs to, -1 for none
     "features",  # [1, width, target hidden], the exit layer's state of the row before, for a draft fed by it
     "feature_rows",  # float32 [width], 1 where a row has a feature, else 0
+    "noise",  # float32 [NOISE_POSITIONS, vocabulary], what each of the draft's scores gets at a position
+    "noise_rows",  # int64 [rows], which row of the noise each wanted row of the pass gets
+    "inverse_temperature",  # float32 [1], what scores are multiplied by before
 )
 OUTPUT_NAMES = (
     "hidden_states",  # [1, width, hidden]

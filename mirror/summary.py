@@ -51,8 +51,8 @@ class Memory:
 
 
 def memory_of(segments: Sequence[SegmentSummary], max_length: int) -> Memory:
-    """Return what some segments take together; the draft's two graphs share one cache."""
-    slots = sum(segment.slot_bytes for segment in segments if segment.name != "draft_trunk")
+    """Return what some segments take together; the draft's graphs share one cache."""
+    slots = sum(segment.slot_bytes for segment in segments if segment.name not in ("draft_trunk", "draft_sampled"))
     return Memory(sum(segment.weight_bytes for segment in segments), slots, max_length)
 
 

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mirror.bundle import (
+    NOISE_POSITIONS,
     SCHEMA_VERSION,
+    VOCABULARY_FILE,
     Decoding,
     DraftFacts,
     FileFacts,
@@ -65,6 +67,8 @@ _INPUTS: dict[str, tuple[str, tuple[int | str, ...]]] = {
     "row_visible": ("int32", ("width",)),
     "row_branch": ("int32", ("width",)),
     "slot_branch": ("int32", ("capacity",)),
+    "noise_rows": ("int64", ("rows",)),
+    "inverse_temperature": ("float32", (1,)),
 }
 
 
@@ -87,7 +91,10 @@ class Lookup:
 
 @dataclass(frozen=True)
 class LookupBundle:
-    """What to put into a bundle. `exit_table` guesses the next token from (s0, id) alone."""
+    """What to put into a bundle. `exit_table` guesses the next token from (s0, id) alone.
+
+    `samples` gives it the draft's graph for drawn answers, whose scores get the target's noise.
+    """
 
     target: Lookup
     draft: Lookup | None = None
@@ -100,6 +107,7 @@ class LookupBundle:
     draft_kind: str = "model"
     streams: int = 0
     feature_layer: int | None = None
+    samples: bool = False
     forms: tuple[Form, ...] = field(default=(Form.INPLACE, Form.ROWS))
 
 
@@ -276,7 +284,13 @@ def _fed_ids(g: _GraphBuilder, ids: str) -> str:
     return g.op("Add", ids, g.op("Mul", has, g.op("Add", before, g.ints(1))))
 
 
-def _draft(path: Path, spec: LookupBundle, form: Form, candidates: int | None) -> Graph:
+def _with_noise(g: _GraphBuilder, logits: str, vocab: int) -> str:
+    noise = g.take("noise", "float32", (NOISE_POSITIONS, vocab))
+    scores = g.op("Mul", logits, g.take("inverse_temperature"))
+    return g.op("Add", scores, g.op("Gather", noise, g.take("noise_rows")))
+
+
+def _draft(path: Path, spec: LookupBundle, form: Form, candidates: int | None, *, noise: bool = False) -> Graph:
     """Save the draft over branches, or, with a candidate count, over the window."""
     g = _GraphBuilder()
     assert spec.draft is not None
@@ -296,6 +310,8 @@ def _draft(path: Path, spec: LookupBundle, form: Form, candidates: int | None) -
     s1 = _attend(g, 1, _layer_1_values(g, ids, s0, positions), first, visible, form)
     logits = _table_rows(g, model, ids, s0, s1)
     logits = g.op("Gather", logits, g.take("logit_rows"))
+    if noise:
+        logits = _with_noise(g, logits, model.vocab_size)
     likeliest = g.op("ArgMax", logits, axis=-1, keepdims=0)
     g.give("token_ids", g.op("Unsqueeze", likeliest, g.ints([0])), "int64", (1, "rows"))
     if candidates is not None:
@@ -324,6 +340,10 @@ def write_bundle(folder: Path, spec: LookupBundle) -> Path:
             segments[name] = _segment(
                 folder, spec, name, (0, 1), lambda path, form, some=candidates: _draft(path, spec, form, some)
             )
+        if spec.samples:
+            np.save(folder / VOCABULARY_FILE, np.arange(draft.vocab_size))
+            graph = _draft(folder / "draft_sampled.onnx", spec, Form.INPLACE, count, noise=True)
+            segments["draft_sampled"] = Segment("draft_sampled", segments["draft"].kv, {Form.INPLACE: graph})
     write_manifest(folder, _manifest(folder, spec, segments))
     return folder
 
@@ -356,7 +376,10 @@ def _manifest(folder: Path, spec: LookupBundle, segments: dict[str, Segment]) ->
         tokens=Tokens(None, spec.eos, None, print_of),
         draft=facts,
         segments=segments,
-        files={path.name: FileFacts(path.stat().st_size, file_sha256(path)) for path in sorted(folder.glob("*.onnx"))},
+        files={
+            path.name: FileFacts(path.stat().st_size, file_sha256(path))
+            for path in sorted([*folder.glob("*.onnx"), *folder.glob("*.npy")])
+        },
     )
 
 

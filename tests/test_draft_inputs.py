@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mirror.bundle import Form, Manifest
+from mirror.bundle import NOISE_POSITIONS, VOCABULARY_FILE, Form, Manifest
 from mirror.errors import ExportError
 from mirror.export import build
 from mirror.export.build import ExportOptions, export_bundle
 from mirror.export.checkpoint import open_checkpoint
 from mirror.export.recut import recut_bundle
 from mirror.runtime.feeds import FeedPool
-from mirror.targets.base import LoadRequest, PassShape, to_host
+from mirror.targets.base import LoadRequest, PassShape, Tensor, to_host
 from mirror.targets.cpu import CpuDevice
 from tests.families import make_checkpoint
 from tests.test_export import distilled_record
@@ -90,6 +90,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, llama: Path, distilled: Pat
 
 def test_the_training_decides_what_the_user_leaves_open(bundle: tuple[Path, Manifest]) -> None:
     _, manifest = bundle
+    assert "draft_sampled" not in manifest.segments, "in float32 it is a CPU's, where the host adds the noise"
     assert (manifest.decoding.exit_layer, manifest.decoding.kappa) == (FED_BY, 8)
     assert manifest.draft is not None
     assert (manifest.draft.streams, manifest.draft.feature_layer, manifest.draft.vocabulary) == (STREAMS, FED_BY, KEPT)
@@ -174,6 +175,29 @@ def test_the_exit_head_speaks_the_same_trimmed_vocabulary(bundle: tuple[Path, Ma
     hidden = np.random.default_rng(1).standard_normal((1, 3, HIDDEN)).astype(np.float32)
     outputs = loaded.run({"hidden_states": hidden, "position_ids": np.zeros((1, 3), np.int64)}, None, 0)
     assert set(to_host(outputs["candidate_ids"]).ravel().tolist()) <= kept
+
+
+def test_a_gpus_draft_adds_noise_to_all_that_its_head_knows(tmp_path: Path, llama: Path, distilled: Path) -> None:
+    folder = tmp_path / "b"
+    options = ExportOptions(draft=str(distilled), gamma=3, max_length=128, precision="fp16")
+    manifest = export_bundle(str(llama), folder, options).manifest
+    tokens = np.load(folder / VOCABULARY_FILE)
+    assert tokens.tolist() == load_file(distilled / "vocabulary.safetensors")["ids"][:KEPT].tolist()
+    noise = np.zeros((NOISE_POSITIONS, KEPT), np.float32)
+    noise[5, 11], noise[9, 3] = 1e4, 1e4
+    rows = {"noise": noise, "noise_rows": np.array([5, 0, 9]), "inverse_temperature": np.ones(1, np.float32)}
+    pool = FeedPool(CAPACITY, 128)
+    feeds = pool.at(3)
+    feeds.fill_causal(np.array([1, 2, 3]), 0)
+    none = {"features": np.zeros((1, 3, HIDDEN), np.float16), "feature_rows": np.zeros(3, np.float32)}
+    device, found = CpuDevice(), {}
+    for name in ("draft_sampled", "draft_trunk"):
+        segment = manifest.segments[name]
+        tensors: dict[str, Tensor] = {**feeds.tensors, **rows, **none, "logit_rows": np.arange(3)}
+        loaded = device.load_segment(LoadRequest(folder, segment, [PassShape(3, 3)], CAPACITY, 1))
+        outputs = loaded.run(tensors, device.make_cache(segment.kv, CAPACITY), 0)
+        found[name] = to_host(outputs["token_ids"])[0].tolist()
+    assert found["draft_sampled"] == [tokens[11], found["draft_trunk"][1], tokens[3]]
 
 
 def test_a_whole_vocabulary_on_request(tmp_path: Path, llama: Path, distilled: Path) -> None:

@@ -29,7 +29,7 @@ def _on_device(values: Sequence[int], stream: FakeStream) -> Buffer:
     return Buffer(ort.OrtValue.ortvalue_from_numpy(np.array([values])), None, stream, "int64")
 
 
-def _launching(stream: FakeStream, began: list[int]) -> Device:
+def launching(stream: FakeStream, began: list[int]) -> Device:
     """Return a device whose outputs must be fetched, and are written over by the next pass of the same size."""
 
     def watch(item: Pass) -> Mapping[str, Tensor]:
@@ -80,7 +80,7 @@ def test_what_is_fetched_is_what_was_there_then() -> None:
 
 def test_launched_passes_make_the_same_rollout_and_nothing_waits_between_them(folder: Path) -> None:
     stream, began = FakeStream(), []
-    launched, plain = _draft(folder, _launching(stream, began)), _draft(folder, CpuDevice())
+    launched, plain = _draft(folder, launching(stream, began)), _draft(folder, CpuDevice())
     for _ in range(3):  # also once bindings are there
         proposals = [draft.propose(CONTEXT, 3, None).tokens for draft in (launched, plain)]
         assert proposals[0] == proposals[1]
@@ -97,7 +97,7 @@ def test_launched_passes_make_the_same_rollout_and_nothing_waits_between_them(fo
 
 def test_a_branch_that_was_taken_goes_on_alone(folder: Path) -> None:
     stream = FakeStream()
-    launched, plain = _draft(folder, _launching(stream, [])), _draft(folder, CpuDevice())
+    launched, plain = _draft(folder, launching(stream, [])), _draft(folder, CpuDevice())
     window = np.array([CONTEXT[-1], *plain.propose(CONTEXT, 3, None).tokens])
     whole = plain.roll_out(CONTEXT, window, 3, Meeting(), None)
     accepted, token = int(whole.branches.accepted[-1]), int(whole.branches.next_tokens[-1])

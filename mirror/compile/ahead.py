@@ -29,7 +29,7 @@ from mirror.errors import DeviceError, RequestError
 from mirror.runtime.loading import load_draft, make_plan
 from mirror.runtime.options import EngineOptions
 from mirror.targets.artefacts import AS_IS, Quantized
-from mirror.targets.base import AheadCompiler, KVCache, LoadRequest, Tensor
+from mirror.targets.base import AheadCompiler, KVCache, LoadRequest, RowTable, Tensor
 from mirror.targets.static_shapes import first_shapes, widths_of
 
 Say = Callable[[str], None]
@@ -116,6 +116,11 @@ class _Recorder:
         """As the device that will load them."""
         return self._compiler.few_shapes
 
+    @property
+    def launches(self) -> bool:
+        """Nothing is run."""
+        return False
+
     def load_segment(self, request: LoadRequest) -> _Unloaded:
         """Compile a segment for the shapes of its first passes; `later` ones stay for when they come."""
         name, graph = request.segment.name, request.segment.graphs.get(Form.ROWS)
@@ -142,6 +147,10 @@ class _Recorder:
         folder = self._scratch / self._weights
         quantize_draft(self._folder, folder, WeightBits(self._weights), calibration_passes(self._folder))
         return Quantized(folder, read_manifest(folder).segments, self._weights)
+
+    def make_table(self, rows: int, columns: int) -> RowTable:
+        """Refuse; see `base.Device.make_table`."""
+        raise DeviceError(f"{self.name} runs nothing here; tables are for devices that launch passes")
 
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> _NoCache:
         """Return a cache of no memory."""

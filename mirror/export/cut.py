@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.convenience as ir_convenience
+from numpy.typing import NDArray
 
-from mirror.bundle import Form, LayerKV
+from mirror.bundle import NOISE_POSITIONS, Form, LayerKV
 from mirror.export.distilled import ADAPTER_TENSORS, EPSILON_KEY, adapter_name
 from mirror.export.draft_inputs import extend_embedding
 from mirror.export.emit import Emitter
@@ -69,13 +70,10 @@ def whole_target(source: ir.Model, exit_layer: int) -> ir.Model:
 
 
 def cut_draft(source: ir.Model, kappa: int) -> Iterator[Piece]:
-    """Yield the draft's two graphs in both forms."""
+    """Yield the draft's two graphs in both forms, and, for GPUs, one whose scores get the target's noise."""
     for form in Form:
         for segment, top in (("draft_trunk", kappa + 1), ("draft", 0)):
-            graph = _extract(source, ["input_ids", "position_ids"], "logits")
-            extend_embedding(source.graph, graph, float(source.graph.metadata_props.get(EPSILON_KEY, "1e-5")))
-            _keep_rows(graph, max(_layer_outputs(source.graph)))
-            ids = _vocabulary(source, graph)
+            graph, ids = _draft_graph(source)
 
             def end(
                 emit: Emitter, logits: ir.Value, top: int = top, form: Form = form, ids: ir.Value | None = ids
@@ -86,6 +84,39 @@ def cut_draft(source: ir.Model, kappa: int) -> Iterator[Piece]:
                 return [_first_candidate(emit, candidates[0]), *candidates]
 
             yield _piece(segment, form, graph, None, end, branches=True)
+    graph, ids = _draft_graph(source)
+    # In 16 bits, as all that a GPU runs; and a whole vocabulary's noise would take a host too long to draw.
+    if graph.outputs[0].dtype is not ir.DataType.FLOAT and ids is not None:
+
+        def perturbed(emit: Emitter, logits: ir.Value) -> list[ir.Value]:
+            candidates = _candidates(emit, _with_noise(emit, logits), kappa + 1, ids, "rows", Form.INPLACE)
+            return [_first_candidate(emit, candidates[0]), candidates[0]]
+
+        yield _piece("draft_sampled", Form.INPLACE, graph, None, perturbed, branches=True)
+
+
+def _draft_graph(source: ir.Model) -> tuple[ir.Graph, ir.Value | None]:
+    """Return the draft up to its logits, and the tokens that they stand for if its head is trimmed."""
+    graph = _extract(source, ["input_ids", "position_ids"], "logits")
+    extend_embedding(source.graph, graph, float(source.graph.metadata_props.get(EPSILON_KEY, "1e-5")))
+    _keep_rows(graph, max(_layer_outputs(source.graph)))
+    return graph, _vocabulary(source, graph)
+
+
+def trimmed_vocabulary(source: ir.Model) -> NDArray[np.int64] | None:
+    """Return the tokens that a draft's trimmed head knows, int64 [vocabulary]; None where it knows all."""
+    ids = source.graph.initializers.get(IDS)
+    return None if ids is None or ids.const_value is None else ids.const_value.numpy().astype(np.int64)
+
+
+def _with_noise(emit: Emitter, logits: ir.Value) -> ir.Value:
+    """Return `logits * inverse_temperature + noise[noise_rows]`, float32 `[1, rows, vocabulary]`."""
+    wide = emit.cast(logits, ir.DataType.FLOAT)
+    noise = emit.declare("noise", ir.DataType.FLOAT, (NOISE_POSITIONS, dimension(logits, 2)))
+    rows = emit.op("Gather", [noise, emit.input("noise_rows")], {"axis": 0})
+    scores = emit.op("Add", [emit.op("Mul", [wide, emit.input("inverse_temperature")]), rows])
+    scores.type, scores.shape = ir.TensorType(ir.DataType.FLOAT), logits.shape
+    return scores
 
 
 def _piece(

@@ -23,6 +23,8 @@ _INPUT_TYPES: Mapping[str, tuple[ir.DataType, tuple[int | str, ...]]] = {
     "row_branch": (ir.DataType.INT32, ("width",)),
     "slot_branch": (ir.DataType.INT32, ("capacity",)),
     "feature_rows": (ir.DataType.FLOAT, ("width",)),
+    "noise_rows": (ir.DataType.INT64, ("rows",)),
+    "inverse_temperature": (ir.DataType.FLOAT, (1,)),
 }
 
 

@@ -8,10 +8,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from mirror.bundle import (
     MANIFEST_NAME,
+    VOCABULARY_FILE,
     Decoding,
     FileFacts,
     Form,
@@ -27,7 +29,7 @@ from mirror.bundle import (
     write_manifest,
 )
 from mirror.errors import ExportError
-from mirror.export.cut import Piece, cut_draft, cut_target, exit_layer_of
+from mirror.export.cut import Piece, cut_draft, cut_target, exit_layer_of, trimmed_vocabulary
 from mirror.export.graphs import dtype_of
 
 _SYMBOLS = {"width", "capacity", "rows"}
@@ -59,8 +61,8 @@ def recut_bundle(
         _share(bundle, folder, manifest)
         segments = write_segments(folder, decoding)
         files = {name: facts for name, facts in manifest.files.items() if not _is_made_anew(name)}
-        for path in sorted(folder.glob("*.onnx")):
-            if _is_segment(path.name):
+        for path in sorted([*folder.glob("*.onnx"), *folder.glob(VOCABULARY_FILE)]):
+            if _is_segment(path.name) or path.name not in files:
                 files[path.name] = FileFacts(path.stat().st_size, file_sha256(path))
         settings = _settings(manifest, decoding)
         renewed = dataclasses.replace(manifest, decoding=decoding, segments=segments, files=files, settings=settings)
@@ -75,7 +77,11 @@ def write_segments(folder: Path, decoding: Decoding) -> dict[str, Segment]:
     """Cut and lower the source graphs of a folder; write every segment's files and return their records."""
     pieces = list(cut_target(ir.load(folder / "target.source.onnx"), decoding.exit_layer, decoding.kappa))
     if (folder / "draft.source.onnx").is_file():
-        pieces += cut_draft(ir.load(folder / "draft.source.onnx"), decoding.kappa)
+        draft = ir.load(folder / "draft.source.onnx")
+        pieces += cut_draft(draft, decoding.kappa)
+        tokens = trimmed_vocabulary(draft)
+        if tokens is not None and not (folder / VOCABULARY_FILE).exists():
+            np.save(folder / VOCABULARY_FILE, tokens)
     graphs: dict[str, dict[Form, Graph]] = {}
     caches: dict[str, tuple[LayerKV, ...]] = {}
     for piece in pieces:
@@ -160,6 +166,8 @@ def _replace_folder(folder: Path, place: Path) -> None:
         return
     # In place only the graphs and the manifest change; the manifest goes last.
     names = sorted(path.name for path in folder.glob("*.onnx") if _is_segment(path.name))
+    if (folder / VOCABULARY_FILE).exists() and not (place / VOCABULARY_FILE).exists():
+        names.append(VOCABULARY_FILE)
     for name in [*names, MANIFEST_NAME]:
         os.replace(folder / name, place / name)
     shutil.rmtree(place / COMPILED_FOLDER, ignore_errors=True)

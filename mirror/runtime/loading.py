@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mirror.bundle import ROLLOUT_SLOTS, DraftFacts, Manifest, Segment
+from mirror.bundle import NOISE_POSITIONS, ROLLOUT_SLOTS, VOCABULARY_FILE, DraftFacts, Manifest, Segment
 from mirror.errors import BundleError, RequestError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft
@@ -16,8 +16,9 @@ from mirror.runtime.features import FeatureStore
 from mirror.runtime.generation import RoundShape
 from mirror.runtime.lookahead import branch_passes, branches_at, rollout_capacity
 from mirror.runtime.memory import SegmentMemory, segment_memory
-from mirror.runtime.model_draft import DraftSegments, DraftShape, ModelDraft
+from mirror.runtime.model_draft import DraftSegments, DraftShape, ModelDraft, SampledSegment
 from mirror.runtime.ngram_draft import NgramDraft
+from mirror.runtime.noise_table import NoiseTable
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Ints, Mode
 from mirror.runtime.target import Target, TargetSegments
@@ -201,7 +202,7 @@ class Placement:
     def segments(self) -> Mapping[str, Device]:
         """The device of every segment, by the segment's name."""
         target = {"target_prefix": self.target, "exit_head": self.target, "target_suffix": self.suffix}
-        return {**target, "draft_trunk": self.draft, "draft": self.draft}
+        return {**target, **dict.fromkeys(("draft_trunk", "draft", "draft_sampled"), self.draft)}
 
 
 def memory_needs(
@@ -213,8 +214,12 @@ def memory_needs(
         segment, drafts = manifest.segments.get(name), device is placement.draft and name.startswith("draft")
         if segment is None or (drafts and plan.mode is Mode.PLAIN):
             continue
-        # The draft's two graphs share one cache.
-        capacity = 0 if name == "draft_trunk" else plan.draft_capacity if drafts else plan.target_capacity
+        if name == "draft_sampled" and not _samples(manifest, plan, device):
+            continue
+        # The draft's graphs share one cache.
+        capacity = (
+            0 if name in ("draft_trunk", "draft_sampled") else plan.draft_capacity if drafts else plan.target_capacity
+        )
         needs.setdefault(device.name, []).append(segment_memory(folder, segment, device.form, capacity))
     return needs
 
@@ -270,8 +275,29 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
         device.load_segment(LoadRequest(folder, trunk, window, capacity, threads, later=steps)),
         device.load_segment(LoadRequest(folder, branch, steps, capacity, threads)),
         device.make_cache(branch.kv, capacity),
+        _sampled(folder, manifest, device, plan, [*window, *steps]),
     )
     return ModelDraft(segments, shape, plan.source, plan.fanout, _features(manifest, facts, device, plan))
+
+
+def _samples(manifest: Manifest, plan: Plan, device: Device) -> bool:
+    """Return whether a draft adds noise on its device: passes are only launched there, and the bundle has a graph."""
+    segment = manifest.segments.get("draft_sampled")
+    fits = 2 * plan.gamma + 2 <= NOISE_POSITIONS  # a window and a rollout from its end
+    return segment is not None and device.form in segment.graphs and device.launches and fits
+
+
+def _sampled(
+    folder: Path, manifest: Manifest, device: Device, plan: Plan, shapes: Sequence[PassShape]
+) -> SampledSegment | None:
+    """Load the graph that adds noise to the draft's scores, where it is of use."""
+    if not _samples(manifest, plan, device):
+        return None
+    request = LoadRequest(folder, manifest.segments["draft_sampled"], shapes, plan.draft_capacity, plan.draft_threads)
+    tokens: Ints = np.load(folder / VOCABULARY_FILE, allow_pickle=False)
+    return SampledSegment(
+        device.load_segment(request), NoiseTable(device.make_table(NOISE_POSITIONS, tokens.size), tokens)
+    )
 
 
 def draft_shapes(plan: Plan, *, few: bool) -> list[PassShape]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mirror.bundle import NOISE_POSITIONS
 from mirror.runtime.candidates import CandidateSource, by_likelihood, choose_branches, likeliest
 from mirror.runtime.draft import Meeting
 from mirror.runtime.features import FeatureStore
 from mirror.runtime.feeds import NO_BRANCH, TRUNK_ROW, FeedPool, PassFeeds, chunk_width, fit_width
 from mirror.runtime.guesses import Guess, Known, Launched
 from mirror.runtime.lookahead import BranchPass, branch_passes, branches_at
+from mirror.runtime.noise_table import NoiseTable
 from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Floats, Ints, Lane, Proposal, Rollout
 from mirror.runtime.sampling import CoupledNoise
 from mirror.runtime.spans import SpanLog
@@ -25,12 +27,26 @@ from mirror.targets.base import KVCache, LoadedSegment, Tensor, to_host
 
 
 @dataclass(frozen=True)
+class SampledSegment:
+    """The draft's graph that adds the target's noise to its scores, and where that lies."""
+
+    graph: LoadedSegment
+    noise: NoiseTable
+
+
+@dataclass(frozen=True)
 class DraftSegments:
-    """The draft's two graphs, loaded on one device, over one cache."""
+    """The draft's graphs, loaded on one device, over one cache.
+
+    Attributes:
+        sampled: for answers that are drawn, where passes are only launched; None elsewhere: the host adds the noise to
+            the likeliest of the trunk's candidates.
+    """
 
     trunk: LoadedSegment
     branch: LoadedSegment
     cache: KVCache
+    sampled: SampledSegment | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,7 @@ class ModelDraft:
         with self._log.span("trunk"):
             if self._filled < base:
                 self._advance(tokens[:base], 1, None)
-            own = self._run_trunk(window)
+            own = self._run_trunk(window, noise)
         branches = self._branches(window, own, meeting, noise)
         with self._log.span("rollout"):
             continuations, lengths = self._continue(branches, base, depth, meeting, noise)
@@ -152,10 +168,8 @@ class ModelDraft:
                 exits = meeting.wait_candidates()
             if exits is None:
                 return NO_BRANCHES
-            sources.append(exits)
-        if noise is not None:
             after = self._filled - window.size + 1 + np.arange(window.size)
-            sources = [noise.ordered(source, after) for source in sources]
+            sources.append(exits if noise is None else noise.ordered(exits, after))
         branches = choose_branches(window, sources, self._fanout)
         # One that the first pass leaves out would propose nothing, where a proposal made anew may.
         return likeliest(branches, self._fanout, branches_at(0, len(branches), self._shape.branches_per_pass))
@@ -192,13 +206,13 @@ class ModelDraft:
         self._filled += count
         return chosen
 
-    def _run_trunk(self, window: Ints) -> Candidates:
-        """Run the window; return the draft's candidates, ids int64 [width, kappa + 1]."""
+    def _run_trunk(self, window: Ints, noise: CoupledNoise | None) -> Candidates:
+        """Run the window; return the draft's candidates, ids int64 [width, kappa + 1]; see `_candidates`."""
         past = self._filled
         feeds = self._pool.at(fit_width(self._segments.trunk.widths, window.shape[0]))
         feeds.fill_causal(self._embeddable(window), past)
         rows = np.arange(window.shape[0])
-        candidates = self._candidates(feeds, past + rows, rows, past, self._known)
+        candidates = self._candidates(feeds, past + rows, rows, past, self._known, noise)
         self._filled += window.shape[0]
         return candidates
 
@@ -233,6 +247,9 @@ class ModelDraft:
             given.append((rows, tokens))
             read += item.real
         self._pool.slot_branch[first_slot:slot] = NO_BRANCH
+        if noise is not None and self._segments.sampled is not None:
+            # While the passes run: what the next round, or the one after it, will look at.
+            self._segments.sampled.noise.draw(noise, base + 2 + np.arange(min(3 * depth + 2, NOISE_POSITIONS - 1)))
         # Where passes are only launched, this is the first wait since the branches were chosen.
         for rows, guess in given:
             start = lengths[rows[0]]
@@ -303,21 +320,39 @@ class ModelDraft:
         """
         branches, gives = wanted.shape
         rows = wanted.reshape(-1)
-        if noise is not None:
-            candidates = self._candidates(feeds, places, rows, past, fed)
-            return Known(noise.ordered(candidates, places[rows] + 1).ids[:, 0].reshape(branches, gives))
-        follow = tokens.follow(feeds.ids, tokens.count + gives - 1)
-        chosen = self._run(self._segments.branch, feeds, places, rows, past, fed, follow)["token_ids"]
+        sampled = self._segments.sampled if noise is not None else None
+        if noise is not None and sampled is None:
+            candidates = self._candidates(feeds, places, rows, past, fed, noise)
+            return Known(candidates.ids[:, 0].reshape(branches, gives))
+        follow: Mapping[str, Tensor | None] = {"input_ids": tokens.follow(feeds.ids, tokens.count + gives - 1)}
+        if noise is not None and sampled is not None:
+            more = {**follow, **sampled.noise.feeds(noise, places[rows] + 1)}
+            chosen = self._run(sampled.graph, feeds, places, rows, past, fed, more)["token_ids"]
+        else:
+            chosen = self._run(self._segments.branch, feeds, places, rows, past, fed, follow)["token_ids"]
         if isinstance(chosen, np.ndarray):
             return Known(chosen[0, : rows.size].reshape(branches, gives).copy())
         return Launched(chosen, branches, gives)
 
-    def _candidates(self, feeds: PassFeeds, places: Ints, wanted: Ints, past: int, fed: int | Ints) -> Candidates:
+    def _candidates(
+        self, feeds: PassFeeds, places: Ints, wanted: Ints, past: int, fed: int | Ints, noise: CoupledNoise | None
+    ) -> Candidates:
+        """Return each wanted row's candidates, by falling score with the noise in it; ids -1 for no token."""
+        sampled, after = self._segments.sampled, places[wanted] + 1
+        if noise is not None and sampled is not None:
+            feeds_of_noise = sampled.noise.feeds(noise, after)
+            outputs = self._run(sampled.graph, feeds, places, wanted, past, fed, feeds_of_noise)
+            return Candidates(self._of_target(outputs, wanted.size), None)
         outputs = self._run(self._segments.trunk, feeds, places, wanted, past, fed)
-        ids: Ints = to_host(outputs["candidate_ids"])[0, : wanted.size]
-        # Padding of the draft's vocabulary is no token of the target.
-        ids = np.where(ids < self._shape.target_vocab_size, ids, -1)
-        return Candidates(ids, to_host(outputs["candidate_logprobs"])[0, : wanted.size])
+        found = Candidates(
+            self._of_target(outputs, wanted.size), to_host(outputs["candidate_logprobs"])[0, : wanted.size]
+        )
+        return found if noise is None else noise.ordered(found, after)
+
+    def _of_target(self, outputs: Mapping[str, Tensor], rows: int) -> Ints:
+        """Return candidates with -1 in place of padding of the draft's vocabulary, which is no token of the target."""
+        ids: Ints = to_host(outputs["candidate_ids"])[0, :rows]
+        return np.where(ids < self._shape.target_vocab_size, ids, -1)
 
     def _run(
         self,
@@ -327,11 +362,10 @@ class ModelDraft:
         wanted: Ints,
         past: int,
         fed: int | Ints,
-        ids: Tensor | None = None,
+        more: Mapping[str, Tensor | None] | None = None,
     ) -> Mapping[str, Tensor]:
         tensors: dict[str, Tensor] = {**feeds.tensors, "logit_rows": wanted}
-        if ids is not None:
-            tensors["input_ids"] = ids
+        tensors |= {name: tensor for name, tensor in (more or {}).items() if tensor is not None}
         if self._features is not None:
             tensors["features"], tensors["feature_rows"] = self._features.at(places, fed, feeds.width)
         return segment.run(tensors, self._segments.cache, past)

@@ -159,6 +159,23 @@ def to_host(tensor: Tensor) -> Array:
     return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
 
 
+class RowTable(Protocol):
+    """Rows of float32 on a device, which a host writes between passes."""
+
+    @property
+    def tensor(self) -> DeviceTensor:
+        """The table `[rows, columns]`, as segments on the same device take it."""
+        ...
+
+    def write(self, row: int, values: Array) -> None:
+        """Write one row, float32 [columns], in order: behind what was launched so far. See `wait`."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until the rows written so far have arrived; a row must have before it is written again."""
+        ...
+
+
 class KVCache(Protocol):
     """The key and value buffers of some layers on one device, `[1, heads, capacity, head_dim]` each."""
 
@@ -225,6 +242,19 @@ class Device(Protocol):
 
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> KVCache:
         """Return a zeroed cache for these layers."""
+        ...
+
+    @property
+    def launches(self) -> bool:
+        """Whether passes are only launched: they follow each other without the host, and outputs are waited for."""
+        ...
+
+    def make_table(self, rows: int, columns: int) -> RowTable:
+        """Return a zeroed table.
+
+        Raises:
+            DeviceError: passes are not only launched here; a host can do itself what a table is for.
+        """
         ...
 
 

@@ -271,6 +271,24 @@ class OnnxRuntimeCache:
         array[:, :, past_length : past_length + rows.shape[2]] = rows
 
 
+class BufferTable:
+    """Rows of float32 in a device's memory, written from pinned memory in the order of its stream."""
+
+    def __init__(self, rows: int, columns: int, memory: Memory, stream: DeviceStream) -> None:
+        self.tensor = make_buffer(memory, "float32", (rows, columns), stream)
+        self._host = stream.pinned("float32", (rows, columns))
+        self._stream = stream
+
+    def write(self, row: int, values: Array) -> None:
+        """Write one row; see `base.RowTable.write`."""
+        self._host[row] = values
+        self._stream.upload(self.tensor.value.data_ptr() + row * self._host[row].nbytes, self._host[row])
+
+    def wait(self) -> None:
+        """Wait until the rows written so far have arrived."""
+        self._stream.wait()
+
+
 class _StagingBlock:
     """Host-computed inputs of one binding in one pinned block, and its copy on the device.
 
@@ -598,6 +616,17 @@ class OnnxRuntimeDevice:
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> OnnxRuntimeCache:
         """Return a zeroed cache for these layers."""
         return OnnxRuntimeCache(layers, capacity, self._provider.memory, self._provider.stream)
+
+    @property
+    def launches(self) -> bool:
+        """Whether it has a stream."""
+        return self._provider.stream is not None
+
+    def make_table(self, rows: int, columns: int) -> BufferTable:
+        """Return a zeroed table; see `base.Device.make_table`."""
+        if self._provider.stream is None:
+            raise DeviceError(f"{self._name} waits for each pass; tables are for devices that only launch them")
+        return BufferTable(rows, columns, self._provider.memory, self._provider.stream)
 
     def session_options(self, segment_name: str, threads: int) -> ort.SessionOptions:
         """Return the options of one segment's session; subclasses add theirs."""

@@ -16,7 +16,7 @@ from typing import Any
 from mirror.bundle import Compiled, Form, Graph, LayerKV, TensorSpec, kv_names
 from mirror.errors import DeviceError
 from mirror.targets.artefacts import Quantized, Wanted, artefact_stem, compiled_for, graph_sha256
-from mirror.targets.base import Array, KVCache, LoadRequest, PassShape, Tensor, to_host
+from mirror.targets.base import Array, KVCache, LoadRequest, PassShape, RowTable, Tensor, to_host
 from mirror.targets.names import Precision
 from mirror.targets.openvino_settings import (
     BRANCH_MAP,
@@ -384,6 +384,15 @@ class OpenVinoDevice:
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> OpenVinoCache:
         """Return a zeroed cache for these layers."""
         return OpenVinoCache(layers, capacity, self._cache_type)
+
+    @property
+    def launches(self) -> bool:
+        """A pass has ended when it returns."""
+        return False
+
+    def make_table(self, rows: int, columns: int) -> RowTable:
+        """Refuse; see `base.Device.make_table`."""
+        raise DeviceError(f"{self.name} waits for each pass; tables are for devices that only launch them")
 
     @property
     def _cache_type(self) -> Any:

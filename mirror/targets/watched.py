@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mirror.bundle import Form, LayerKV
-from mirror.targets.base import Device, KVCache, LoadedSegment, LoadRequest, Tensor
+from mirror.targets.base import Device, KVCache, LoadedSegment, LoadRequest, RowTable, Tensor
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,15 @@ class OuterDevice:
     def make_cache(self, layers: Sequence[LayerKV], capacity: int) -> KVCache:
         """Return the inner device's cache."""
         return self._inner.make_cache(layers, capacity)
+
+    @property
+    def launches(self) -> bool:
+        """Whether the inner device does."""
+        return self._inner.launches
+
+    def make_table(self, rows: int, columns: int) -> RowTable:
+        """Return the inner device's table."""
+        return self._inner.make_table(rows, columns)
 
 
 class WatchedDevice(OuterDevice):
