@@ -295,6 +295,7 @@ def test_drafts_with_streams_are_tried_with_several_tokens_per_pass(
     said: list[str] = []
     report = tune_bundle(write_bundle(tmp_path / "streams", spec), dataclasses.replace(QUICK, tries=9), said.append)
     assert [line for line in said if "tokens per pass" in line] == [
+        "measuring 1, 1, 1, 3 tokens per pass",
         "measuring 2 tokens per pass",
         "measuring 3 tokens per pass",
     ]

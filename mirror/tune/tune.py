@@ -315,6 +315,8 @@ def _stands(
     stands: dict[tuple[int, ...], list[Shares]] = {(1,): [accepted_shares(right, gamma) for gamma in gammas]}
     streams = manifest.draft.streams if manifest.draft is not None else 0
     schedules: set[tuple[int, ...]] = {(most,) for most in {2, 1 + streams} & set(range(2, 2 + streams))}
+    if streams and choice.gamma > 3:
+        schedules.add((1, 1, 1, 1 + streams))  # the first tokens, which most windows end at, one by one
     if manifest.settings.tokens_per_pass is not None:
         schedules.add(manifest.settings.tokens_per_pass)
     for passes in sorted(schedules - set(stands)):
