@@ -4,85 +4,18 @@
 #include <string>
 #include <vector>
 
+#include "cuda_driver.hpp"
 #include "error.hpp"
-
-#ifdef _WIN32
-#define WIN32_LEAN_AND_MEAN
-#define NOMINMAX
-#include <windows.h>
-#else
-#include <dlfcn.h>
-#endif
+#include "library.hpp"
 
 namespace mirror {
 namespace {
 
 #ifdef _WIN32
-const char* const driver_names[] = {"nvcuda.dll"};
 const char* const runtime_names[] = {"cudart64_13.dll", "cudart64_12.dll"};
-void* loaded_library(const char* name) { return GetModuleHandleA(name); }
-void* load_library(const char* name) { return LoadLibraryA(name); }
-void* symbol(void* library, const char* name) {
-  return reinterpret_cast<void*>(GetProcAddress(static_cast<HMODULE>(library), name));
-}
 #else
-const char* const driver_names[] = {"libcuda.so.1"};
 const char* const runtime_names[] = {"libcudart.so.13", "libcudart.so.12"};
-void* loaded_library(const char* name) { return dlopen(name, RTLD_NOW | RTLD_NOLOAD); }
-void* load_library(const char* name) { return dlopen(name, RTLD_NOW); }
-void* symbol(void* library, const char* name) { return dlsym(library, name); }
 #endif
-
-// The first of some libraries that the process has, else the first that can be loaded; null if none can.
-// ONNX Runtime has loaded the version that it computes with, and streams must be of the same.
-template <std::size_t count>
-void* find_library(const char* const (&names)[count]) {
-  for (const auto look : {loaded_library, load_library})
-    for (const char* name : names)
-      if (void* library = look(name)) return library;
-  return nullptr;
-}
-
-class CudaDriver {
- public:
-  CudaDriver() : library_(find_library(driver_names)) {
-    const auto init = function<int (*)(unsigned)>("cuInit");
-    const auto count = function<int (*)(int*)>("cuDeviceGetCount");
-    if (init == nullptr || count == nullptr || init(0) != 0 || count(&gpus) != 0) gpus = 0;
-  }
-
-  std::optional<std::uint64_t> free_bytes(int index) const {
-    int device = 0;
-    void* context = nullptr;
-    std::size_t free = 0, total = 0;
-    const auto ask = function<int (*)(std::size_t*, std::size_t*)>("cuMemGetInfo_v2");
-    // The context that ONNX Runtime uses too. It is kept: letting it go would tear down what sessions are
-    // about to make again.
-    if (gpus == 0 || ask == nullptr || function<int (*)(int*, int)>("cuDeviceGet")(&device, index) != 0 ||
-        function<int (*)(void**, int)>("cuDevicePrimaryCtxRetain")(&context, device) != 0 ||
-        function<int (*)(void*)>("cuCtxPushCurrent_v2")(context) != 0)
-      return std::nullopt;
-    const bool told = ask(&free, &total) == 0;
-    function<int (*)(void**)>("cuCtxPopCurrent_v2")(&context);
-    if (!told) return std::nullopt;
-    return free;
-  }
-
-  int gpus = 0;
-
- private:
-  template <typename Function>
-  Function function(const char* name) const {
-    return library_ == nullptr ? nullptr : reinterpret_cast<Function>(symbol(library_, name));
-  }
-
-  void* library_;
-};
-
-const CudaDriver& driver() {
-  static const CudaDriver found;
-  return found;
-}
 
 // Numbers of the CUDA runtime's interface.
 constexpr unsigned non_blocking = 1;  // the stream doesn't wait for the default stream's work
@@ -102,13 +35,15 @@ using Handle = void*;
 // The CUDA runtime's functions that are called here.
 class CudaRuntime {
  public:
-  CudaRuntime() : library_(find_library(runtime_names)) {
+  // ONNX Runtime has loaded the version that it computes with, and streams must be of the same.
+  CudaRuntime() : library_(find_library({runtime_names[0], runtime_names[1]})) {
     if (library_ == nullptr)
       throw Error(ErrorKind::device,
                   std::string(runtime_names[0]) + " or " + runtime_names[1] +
                       ", the CUDA runtime of this onnxruntime, can't be loaded; put its folder where "
                       "the loader looks");
     find(set_device, "cudaSetDevice");
+    find(free, "cudaFree");
     find(priorities, "cudaDeviceGetStreamPriorityRange");
     find(create_stream, "cudaStreamCreateWithPriority");
     find(destroy_stream, "cudaStreamDestroy");
@@ -146,6 +81,7 @@ class CudaRuntime {
   }
 
   int (*set_device)(int);
+  int (*free)(void*);
   int (*priorities)(int*, int*);
   int (*create_stream)(Handle*, unsigned, int);
   int (*destroy_stream)(Handle);
@@ -179,7 +115,7 @@ class CudaRuntime {
     function = reinterpret_cast<Function>(required(name));
   }
   void* required(const char* name) const {
-    if (void* found = symbol(library_, name)) return found;
+    if (void* found = library_function(library_, name)) return found;
     throw Error(ErrorKind::device, std::string("the CUDA runtime has no ") + name + "; versions 12 and 13 will do");
   }
 
@@ -263,12 +199,17 @@ bool made_replayable(Handle graph) {
 
 class CudaStream final : public DeviceStream {
  public:
-  CudaStream(int index, bool urgent) : index_(index) {
+  CudaStream(int index, bool urgent, double share) : index_(index) {
     int least = 0, greatest = 0;
     select();
     runtime().check(runtime().priorities(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
-    runtime().check(runtime().create_stream(&stream_, non_blocking, urgent ? greatest : least),
-                    "cudaStreamCreateWithPriority");
+    const int priority = urgent ? greatest : least;
+    if (share < 1.0) {
+      runtime().check(runtime().free(nullptr), "cudaFree");  // makes the context that the part belongs to
+      stream_ = cuda_driver().part_stream(index, share, priority);
+    }
+    if (stream_ == nullptr)
+      runtime().check(runtime().create_stream(&stream_, non_blocking, priority), "cudaStreamCreateWithPriority");
   }
   ~CudaStream() override { runtime().destroy_stream(stream_); }
   CudaStream(const CudaStream&) = delete;
@@ -337,12 +278,8 @@ class CudaStream final : public DeviceStream {
 
 }  // namespace
 
-int cuda_gpus() { return driver().gpus; }
-
-std::optional<std::uint64_t> cuda_free_bytes(int index) { return driver().free_bytes(index); }
-
-std::shared_ptr<DeviceStream> open_cuda_stream(int index, bool urgent) {
-  return std::make_shared<CudaStream>(index, urgent);
+std::shared_ptr<DeviceStream> open_cuda_stream(int index, bool urgent, double share) {
+  return std::make_shared<CudaStream>(index, urgent, share);
 }
 
 }  // namespace mirror

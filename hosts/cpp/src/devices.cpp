@@ -6,8 +6,10 @@
 #include <set>
 
 #include "cuda.hpp"
+#include "cuda_driver.hpp"
 #include "error.hpp"
 #include "host_memory.hpp"
+#include "openvino_settings.hpp"
 #include "session_device.hpp"
 
 namespace mirror {
@@ -18,6 +20,9 @@ const char* const openvino_provider = "OpenVINOExecutionProvider";
 
 struct DeviceName {
   std::string family, unit, precision;
+
+  // What a device by that name calls itself.
+  std::string device() const { return unit.empty() ? family : family + ":" + unit; }
 };
 
 std::string changed_case(std::string text, int (*change)(int)) {
@@ -44,7 +49,8 @@ DeviceName parse_device_name(const std::string& text) {
       parts.back() += letter;
   const std::string family = changed_case(parts[0], std::tolower);
   if (family == "cpu" && parts.size() == 1) return {"cpu", "", ""};
-  if (family == "cuda" && parts.size() == 2 && is_number(parts[1], 3)) return {"cuda", parts[1], ""};
+  if (family == "cuda" && parts.size() == 2 && is_number(parts[1], 3))
+    return {"cuda", std::to_string(std::stoi(parts[1])), ""};
   if (family == "openvino" && (parts.size() == 2 || parts.size() == 3)) {
     const std::string unit = changed_case(parts[1], std::toupper);
     const std::string precision = parts.size() == 3 ? changed_case(parts[2], std::tolower) : "";
@@ -97,48 +103,39 @@ void load_cuda(const Provider& provider) {
   }
 }
 
-std::shared_ptr<Device> open_cuda(int index, Role role) {
+// Of a GPU's multiprocessors, for a draft beside a target.
+constexpr double draft_share = 0.25;
+
+std::shared_ptr<Device> open_cuda(const DeviceName& name, Role role) {
+  const int index = std::stoi(name.unit);
   Provider provider;
   provider.name = "CUDAExecutionProvider";
-  provider.device = "cuda:" + std::to_string(index);
+  provider.device = name.device();
   provider.memory = "Cuda";
   provider.index = index;
   require(provider);
-  if (index >= cuda_gpus())
-    throw Error(ErrorKind::device, provider.device + " isn't there: the NVIDIA driver lists " +
-                                       std::to_string(cuda_gpus()) + " GPUs; use another one, or install the driver");
+  const int gpus = cuda_driver().gpus();
+  if (index >= gpus)
+    throw Error(ErrorKind::device, provider.device + " isn't there: the NVIDIA driver lists " + std::to_string(gpus) +
+                                       " GPUs; use another one, or install the driver");
   load_cuda(provider);
   // A width met for the first time costs plans and a recording: prompts take the widest, padded.
   provider.fixed_widths = true;
   // GroupQueryAttention chooses its kernel by it.
   provider.sized_total = true;
-  provider.stream = open_cuda_stream(index, role == Role::draft);
-  provider.free_memory = [name = provider.device, index] { return FreeMemory{name, cuda_free_bytes(index)}; };
+  provider.stream = open_cuda_stream(index, role != Role::target, role == Role::draft_beside ? draft_share : 1.0);
+  provider.free_memory = [name = provider.device, index] { return FreeMemory{name, cuda_driver().free_bytes(index)}; };
   return std::make_shared<SessionDevice>(provider,
                                          [index, stream = provider.stream](Ort::SessionOptions& options, int) {
                                            use_cuda(options, index, stream->handle());
                                          });
 }
 
-// OpenVINO's own properties, as JSON by device kind. Left alone it computes float32 in bfloat16 on a CPU that can:
-// that would change a target's text, and no text depends on a draft's arithmetic.
-std::string openvino_settings(const DeviceName& name, Role role, int threads) {
-  const std::string kind = name.unit.substr(0, name.unit.find('.'));
-  std::string precision = !name.precision.empty() ? name.precision : kind == "CPU" ? "f32" : "f16";
-  if (kind == "CPU" && role == Role::draft) precision = name.precision;
-  std::string text = "{\"" + kind + "\": {\"PERFORMANCE_HINT\": \"LATENCY\"";
-  if (!precision.empty()) text += ", \"INFERENCE_PRECISION_HINT\": \"" + precision + "\"";
-  if (kind != "NPU") text += ", \"NUM_STREAMS\": \"1\"";
-  if (kind == "CPU")
-    text += ", \"INFERENCE_NUM_THREADS\": \"" + std::to_string(threads) + "\", \"ENABLE_CPU_PINNING\": \"NO\"";
-  return text + "}}";
-}
-
 // One device of a plugin that compiles for fixed sizes and keeps no cache of its own.
 std::shared_ptr<Device> openvino_device(const DeviceName& name, Role role, Ort::ConstEpDevice device) {
   Provider provider;
   provider.name = openvino_provider;
-  provider.device = "openvino:" + name.unit;
+  provider.device = name.device();
   provider.form = Form::rows;
   provider.compiles = true;
   // With inputs bound once, drafts on an Intel CPU guessed next to no token right.
@@ -146,12 +143,15 @@ std::shared_ptr<Device> openvino_device(const DeviceName& name, Role role, Ort::
   // Nobody says what a GPU of the plugin has left; a CPU and an NPU share the host's memory.
   if (name.unit.rfind("GPU", 0) == 0)
     provider.free_memory = [device = provider.device] { return FreeMemory{device, std::nullopt}; };
-  return std::make_shared<SessionDevice>(provider, [name, role, device](Ort::SessionOptions& options, int threads) {
+  const CpuFacts cpu;
+  const std::string precision = openvino_precision(name.unit, name.precision, role, cpu);
+  const auto configure = [unit = name.unit, precision, cpu, device](Ort::SessionOptions& options, int threads) {
     // Without this, nodes that the plugin leaves out would run on the CPU, unsaid.
     options.AddConfigEntry("session.disable_cpu_ep_fallback", "1");
     options.AppendExecutionProvider_V2(ort_environment(), {device},
-                                       {{"load_config", openvino_settings(name, role, threads)}});
-  });
+                                       {{"load_config", openvino_settings(unit, precision, threads, cpu)}});
+  };
+  return std::make_shared<SessionDevice>(provider, configure);
 }
 
 std::shared_ptr<Device> open_openvino(const DeviceName& name, Role role) {
@@ -173,10 +173,12 @@ std::shared_ptr<Device> open_openvino(const DeviceName& name, Role role) {
 
 }  // namespace
 
+std::string device_name(const std::string& name) { return parse_device_name(name).device(); }
+
 std::shared_ptr<Device> open_device(const std::string& name, Role role) {
   const DeviceName parsed = parse_device_name(name);
   if (parsed.family == "cpu") return open_cpu();
-  if (parsed.family == "cuda") return open_cuda(std::stoi(parsed.unit), role);
+  if (parsed.family == "cuda") return open_cuda(parsed, role);
   return open_openvino(parsed, role);
 }
 

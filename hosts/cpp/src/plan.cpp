@@ -1,19 +1,14 @@
 #include "plan.hpp"
 
 #include <algorithm>
-#include <fstream>
 #include <numeric>
 #include <set>
-#include <thread>
 
+#include "cores.hpp"
 #include "error.hpp"
 #include "lookahead.hpp"
 #include "model_draft.hpp"
 #include "ngram_draft.hpp"
-
-#ifdef __linux__
-#include <sched.h>
-#endif
 
 namespace mirror {
 namespace {
@@ -27,6 +22,14 @@ std::string listed(const std::vector<int>& numbers) {
 void at_least_one(const char* name, const std::optional<int>& found) {
   if (found && *found < 1)
     throw Error(ErrorKind::request, std::string(name) + " is " + std::to_string(*found) + "; it must be 1 or more");
+}
+
+Mode mode_of(const Manifest& manifest, const EngineOptions& options) {
+  return options.mode.value_or(manifest.settings.mode.value_or(Mode::mirror));
+}
+
+std::string draft_device_of(const Manifest& manifest, const EngineOptions& options) {
+  return options.draft_device.value_or(manifest.settings.draft_device.value_or("cpu"));
 }
 
 int length_of(const Manifest& manifest, const EngineOptions& options) {
@@ -186,7 +189,7 @@ Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shar
   options.check();
   const Settings& settings = manifest.settings;
   Plan plan{};
-  plan.mode = options.mode.value_or(settings.mode.value_or(Mode::mirror));
+  plan.mode = mode_of(manifest, options);
   if (plan.mode != Mode::plain && !manifest.draft)
     throw Error(ErrorKind::request,
                 "mode " + to_string(plan.mode) +
@@ -204,6 +207,12 @@ Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shar
   return plan;
 }
 
+Role draft_role(const Manifest& manifest, const EngineOptions& options, const Device& target) {
+  const bool beside =
+      mode_of(manifest, options) == Mode::mirror && device_name(draft_device_of(manifest, options)) == target.name();
+  return beside ? Role::draft_beside : Role::draft;
+}
+
 Placement open_devices(const Manifest& manifest, const EngineOptions& options) {
   const Settings& settings = manifest.settings;
   const std::string target = options.target_device.value_or(settings.target_device.value_or("cpu"));
@@ -214,7 +223,7 @@ Placement open_devices(const Manifest& manifest, const EngineOptions& options) {
   Placement places;
   places.target = open_device(target);
   places.suffix = suffix && *suffix != target ? open_device(*suffix) : places.target;
-  places.draft = open_device(options.draft_device.value_or(settings.draft_device.value_or("cpu")), Role::draft);
+  places.draft = open_device(draft_device_of(manifest, options), draft_role(manifest, options, *places.target));
   return places;
 }
 
@@ -304,24 +313,6 @@ std::unique_ptr<Draft> load_draft(const std::filesystem::path& folder, const Man
       device.load_segment(folder, trunk, capacity, {{plan.gamma + 1, 0}}, steps, plan.draft_threads),
       device.load_segment(folder, branch, capacity, steps, {}, plan.draft_threads), std::move(shape), plan.source,
       plan.fanout);
-}
-
-int physical_cores() {
-#ifdef __linux__
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-    std::set<std::string> cores;
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-      if (!CPU_ISSET(cpu, &allowed)) continue;
-      std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
-      std::string siblings;
-      cores.insert(std::getline(file, siblings) ? siblings : std::to_string(cpu));
-    }
-    return std::max<int>(1, static_cast<int>(cores.size()));
-  }
-#endif
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
 }  // namespace mirror

@@ -64,6 +64,9 @@ struct Plan {
 // Throws Error(request): a size that the bundle can't serve, or a mode that needs a draft it lacks.
 Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shared_cpu);
 
+// What the draft's device is opened for: in mirror mode a draft on its target's device computes beside it.
+Role draft_role(const Manifest& manifest, const EngineOptions& options, const Device& target);
+
 // Opens the devices that the user, or else the bundle's settings, name.
 Placement open_devices(const Manifest& manifest, const EngineOptions& options);
 
@@ -79,8 +82,5 @@ std::unique_ptr<Target> load_target(const std::filesystem::path& folder, const M
 // Throws Error(bundle) if the bundle has no draft of a kind that this version runs.
 std::unique_ptr<Draft> load_draft(const std::filesystem::path& folder, const Manifest& manifest, const Plan& plan,
                                   Device& device);
-
-// The physical cores that this process may use; hyper-threads share one.
-int physical_cores();
 
 }  // namespace mirror

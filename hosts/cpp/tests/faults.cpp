@@ -16,7 +16,9 @@
 #include "error.hpp"
 #include "hooked.hpp"
 #include "late_stream.hpp"
+#include "openvino_settings.hpp"
 #include "session_device.hpp"
+#include "stand_in_driver.hpp"
 
 namespace {
 
@@ -349,6 +351,88 @@ void what_does_not_fit() {
   check(std::uint64_t{1} << 30);
   const auto free = host_free_bytes();
   checks.check(!free || (*free > 1 << 20 && *free < std::uint64_t{1} << 50), "this machine tells its memory");
+}
+
+// A stream on a part of a GPU, of a part that is made once; none from a driver that lacks a call or refuses it.
+void parts_of_a_gpu() {
+  StandInDriver gpu;
+  CudaDriver driver(gpu.driver());
+  for (const int number : {1, 2}) {
+    checks.check(driver.part_stream(0, 0.25, -5) != nullptr, "the driver gives a part");
+    checks.check(gpu.split_into == 33 && gpu.parts == 1 && gpu.streams == number && gpu.last_priority == -5,
+                 "a quarter of 132 multiprocessors, and two urgent streams on it");
+  }
+  driver.part_stream(0, 0.5, 0);
+  checks.check(gpu.split_into == 66 && gpu.parts == 2, "another share is another part");
+  for (const char* name : {"cuDeviceGet", "cuDeviceGetDevResource", "cuDevSmResourceSplitByCount",
+                           "cuDevResourceGenerateDesc", "cuGreenCtxCreate", "cuGreenCtxStreamCreate"}) {
+    CudaDriver old(StandInDriver(name).driver());
+    checks.check(old.gpus() == 1 && old.part_stream(0, 0.25, -5) == nullptr, std::string("no part without ") + name);
+    const StandInDriver unwilling("", name);
+    CudaDriver refusing(unwilling.driver());
+    checks.check(refusing.part_stream(0, 0.25, -5) == nullptr, std::string("no part where it refuses ") + name);
+  }
+  CudaDriver none([](const char*) -> void* { return nullptr; });
+  checks.check(none.gpus() == 0 && none.part_stream(0, 0.25, -5) == nullptr && !none.free_bytes(0), "no driver");
+}
+
+// A draft has a part of a GPU where the target computes there at the same time, and all of it elsewhere.
+void drafts_beside_their_targets() {
+  const auto role = [](const std::string& target, const char* draft, std::optional<Mode> mode) {
+    Provider provider;
+    provider.device = target;
+    const SessionDevice device(provider, nullptr);
+    EngineOptions options;
+    options.mode = mode;
+    Manifest manifest = read_manifest(bundles / "context");
+    manifest.settings.draft_device = draft;
+    return draft_role(manifest, options, device);
+  };
+  for (const char* same : {"cuda:0", "CUDA:0", "cuda:00"})
+    checks.check(role("cuda:0", same, Mode::mirror) == Role::draft_beside, std::string("beside ") + same);
+  checks.check(role("cuda:0", "cuda:0", {}) == Role::draft_beside, "mirror is the default");
+  for (const Mode mode : {Mode::plain, Mode::serial})
+    checks.check(role("cuda:0", "cuda:0", mode) == Role::draft, "one after the other in mode " + to_string(mode));
+  for (const char* other : {"cuda:1", "cpu", "openvino:CPU"})
+    checks.check(role("cuda:0", other, Mode::mirror) == Role::draft, std::string("not beside ") + other);
+  EngineOptions options;
+  options.draft_device = "cuda:3";
+  Provider provider;
+  provider.device = "cuda:3";
+  const SessionDevice device(provider, nullptr);
+  checks.check(draft_role(read_manifest(bundles / "context"), options, device) == Role::draft_beside, "as asked for");
+}
+
+// OpenVINO's gated MLP divides by half the number of threads on matrix units, and the process dies of it.
+void matrix_units_get_two_threads_or_f32() {
+  const CpuFacts one{1, true}, two{2, true}, four{4, true}, plain{1, false};
+  const auto precision = [](const char* unit, const char* asked, Role role, const CpuFacts& cpu) {
+    return openvino_precision(unit, asked, role, cpu);
+  };
+  for (const Role role : {Role::draft, Role::draft_beside}) {
+    checks.equal(precision("CPU", "", role, two), std::string(), "a draft's arithmetic is OpenVINO's choice");
+    checks.equal(precision("CPU", "", role, plain), std::string(), "with one CPU too, without matrix units");
+    checks.equal(precision("CPU", "", role, one), std::string("f32"), "but not where they need two threads");
+  }
+  checks.equal(precision("CPU", "", Role::target, two), std::string("f32"), "a target is exact");
+  checks.equal(precision("CPU", "bf16", Role::target, two), std::string("bf16"), "or as asked for");
+  checks.equal(precision("GPU.1", "", Role::target, one), std::string("f16"), "a GPU's own arithmetic");
+  refused("one CPU", ErrorKind::device, "openvino:CPU:bf16 needs 2 threads on this CPU, which has matrix units, and",
+          [&] { precision("CPU", "bf16", Role::draft, one); });
+  const auto told = [](const char* precision, int threads, const CpuFacts& cpu) {
+    const auto all = nlohmann::json::parse(openvino_settings("CPU", precision, threads, cpu));
+    return all["CPU"]["INFERENCE_NUM_THREADS"].get<std::string>() +
+           (all["CPU"].contains("ENABLE_HYPER_THREADING") ? "+" : "");
+  };
+  for (const char* wide : {"", "bf16", "f16"}) {
+    checks.equal(told(wide, 1, four), std::string("2"), std::string("two threads for ") + wide);
+    checks.equal(told(wide, 1, two), std::string("2+"), std::string("of one core too, for ") + wide);
+    checks.equal(told(wide, 3, four), std::string("3"), std::string("or more for ") + wide);
+    checks.equal(told(wide, 1, plain), std::string("1"), std::string("without matrix units one for ") + wide);
+  }
+  checks.equal(told("f32", 1, four), std::string("1"), "one for f32");
+  checks.check(openvino_settings("NPU", "f16", 1, two).find("THREAD") == std::string::npos, "none for an NPU");
+  checks.check(physical_cores() >= 1 && allowed_cpus() >= physical_cores(), "this machine tells its CPUs");
 }
 
 // Sampled, with a penalty, so that whole rows of logits are needed.
@@ -723,6 +807,9 @@ int main(int count, char** arguments) {
     for (const bool other : {false, true}) checks.group("apart", [&] { segments_apart(launched, other); });
   checks.group("lifetimes", segment_that_outlives_its_device);
   checks.group("memory", what_does_not_fit);
+  checks.group("parts", parts_of_a_gpu);
+  checks.group("beside", drafts_beside_their_targets);
+  checks.group("matrix units", matrix_units_get_two_threads_or_f32);
   checks.group("overlap", really_overlaps);
   checks.group("reuse", reuses_the_cache);
   return checks.end();
