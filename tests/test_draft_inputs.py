@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mirror.bundle import NOISE_POSITIONS, VOCABULARY_FILE, Form, Manifest
+from mirror.bundle import NOISE_POSITIONS, VOCABULARY_FILE, Form, Manifest, Segment, write_manifest
 from mirror.errors import ExportError
-from mirror.export import build
+from mirror.export import build, cut
 from mirror.export.build import ExportOptions, export_bundle
 from mirror.export.checkpoint import open_checkpoint
 from mirror.export.recut import recut_bundle
@@ -177,7 +178,9 @@ def test_the_exit_head_speaks_the_same_trimmed_vocabulary(bundle: tuple[Path, Ma
     assert set(to_host(outputs["candidate_ids"]).ravel().tolist()) <= kept
 
 
-def test_a_gpus_draft_adds_noise_to_all_that_its_head_knows(tmp_path: Path, llama: Path, distilled: Path) -> None:
+def test_a_gpus_draft_adds_noise_to_the_likeliest_tokens(
+    tmp_path: Path, llama: Path, distilled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "b"
     options = ExportOptions(draft=str(distilled), gamma=3, max_length=128, precision="fp16")
     manifest = export_bundle(str(llama), folder, options).manifest
@@ -185,19 +188,32 @@ def test_a_gpus_draft_adds_noise_to_all_that_its_head_knows(tmp_path: Path, llam
     assert tokens.tolist() == load_file(distilled / "vocabulary.safetensors")["ids"][:KEPT].tolist()
     noise = np.zeros((NOISE_POSITIONS, KEPT), np.float32)
     noise[5, 11], noise[9, 3] = 1e4, 1e4
+    unperturbed = _chosen(folder, manifest.segments["draft_trunk"], noise)
+    assert not {tokens[11], tokens[3]} & set(unperturbed)
+    assert _chosen(folder, manifest.segments["draft_sampled"], noise) == [tokens[11], unperturbed[1], tokens[3]]
+    # The target's draws give noise of their own to the likeliest alone. The bundle is one of before, without the list
+    # of tokens, and its weights are linked, which the reader of graphs refuses.
+    monkeypatch.setattr(cut, "HEAD_TOKENS", 2)
+    (folder / VOCABULARY_FILE).unlink()
+    files = {name: facts for name, facts in manifest.files.items() if name != VOCABULARY_FILE}
+    write_manifest(folder, dataclasses.replace(manifest, files=files))
+    again = recut_bundle(folder, kappa=1, output=tmp_path / "again")
+    assert _chosen(tmp_path / "again", again.segments["draft_sampled"], noise) == unperturbed
+    assert np.load(tmp_path / "again" / VOCABULARY_FILE).tolist() == tokens.tolist()
+    assert VOCABULARY_FILE in again.files
+
+
+def _chosen(folder: Path, segment: Segment, noise: np.ndarray) -> list[int]:
+    """Return the tokens that a draft's graph chooses after three, of whose rows the noise is 5, 0 and 9."""
     rows = {"noise": noise, "noise_rows": np.array([5, 0, 9]), "inverse_temperature": np.ones(1, np.float32)}
-    pool = FeedPool(CAPACITY, 128)
-    feeds = pool.at(3)
+    feeds = FeedPool(CAPACITY, 128).at(3)
     feeds.fill_causal(np.array([1, 2, 3]), 0)
     none = {"features": np.zeros((1, 3, HIDDEN), np.float16), "feature_rows": np.zeros(3, np.float32)}
-    device, found = CpuDevice(), {}
-    for name in ("draft_sampled", "draft_trunk"):
-        segment = manifest.segments[name]
-        tensors: dict[str, Tensor] = {**feeds.tensors, **rows, **none, "logit_rows": np.arange(3)}
-        loaded = device.load_segment(LoadRequest(folder, segment, [PassShape(3, 3)], CAPACITY, 1))
-        outputs = loaded.run(tensors, device.make_cache(segment.kv, CAPACITY), 0)
-        found[name] = to_host(outputs["token_ids"])[0].tolist()
-    assert found["draft_sampled"] == [tokens[11], found["draft_trunk"][1], tokens[3]]
+    tensors: dict[str, Tensor] = {**feeds.tensors, **rows, **none, "logit_rows": np.arange(3)}
+    device = CpuDevice()
+    loaded = device.load_segment(LoadRequest(folder, segment, [PassShape(3, 3)], CAPACITY, 1))
+    found: list[int] = to_host(loaded.run(tensors, device.make_cache(segment.kv, CAPACITY), 0)["token_ids"])[0].tolist()
+    return found
 
 
 def test_a_whole_vocabulary_on_request(tmp_path: Path, llama: Path, distilled: Path) -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.convenience as ir_convenience
 from numpy.typing import NDArray
 
-from mirror.bundle import NOISE_POSITIONS, Form, LayerKV
+from mirror.bundle import HEAD_TOKENS, NOISE_POSITIONS, Form, LayerKV
 from mirror.export.distilled import ADAPTER_TENSORS, EPSILON_KEY, adapter_name
 from mirror.export.draft_inputs import extend_embedding
 from mirror.export.emit import Emitter
@@ -89,8 +89,8 @@ def cut_draft(source: ir.Model, kappa: int) -> Iterator[Piece]:
     if graph.outputs[0].dtype is not ir.DataType.FLOAT and ids is not None:
 
         def perturbed(emit: Emitter, logits: ir.Value) -> list[ir.Value]:
-            candidates = _candidates(emit, _with_noise(emit, logits), kappa + 1, ids, "rows", Form.INPLACE)
-            return [_first_candidate(emit, candidates[0]), candidates[0]]
+            candidates = _drawn(emit, logits, kappa + 1, ids)
+            return [_first_candidate(emit, candidates), candidates]
 
         yield _piece("draft_sampled", Form.INPLACE, graph, None, perturbed, branches=True)
 
@@ -105,18 +105,38 @@ def _draft_graph(source: ir.Model) -> tuple[ir.Graph, ir.Value | None]:
 
 def trimmed_vocabulary(source: ir.Model) -> NDArray[np.int64] | None:
     """Return the tokens that a draft's trimmed head knows, int64 [vocabulary]; None where it knows all."""
-    ids = source.graph.initializers.get(IDS)
-    return None if ids is None or ids.const_value is None else ids.const_value.numpy().astype(np.int64)
+    value = source.graph.initializers.get(IDS)
+    ids = None if value is None else value.const_value
+    if isinstance(ids, ir.ExternalTensor):
+        # Itself it would refuse a file that bundles share by hard links.
+        return np.fromfile(ids.path, np.int64, int(ids.size), offset=ids.offset or 0)
+    return None if ids is None else ids.numpy().astype(np.int64)
 
 
-def _with_noise(emit: Emitter, logits: ir.Value) -> ir.Value:
-    """Return `logits * inverse_temperature + noise[noise_rows]`, float32 `[1, rows, vocabulary]`."""
+def _drawn(emit: Emitter, logits: ir.Value, top: int, vocabulary: ir.Value) -> ir.Value:
+    """Return `candidate_ids` by `logit * inverse_temperature + noise`, the noise that of `noise_rows`.
+
+    Only the likeliest `HEAD_TOKENS` take part, as in the target's own draws: the others share one number there.
+    """
+    size = dimension(logits, 2)
+    noise = emit.declare("noise", ir.DataType.FLOAT, (NOISE_POSITIONS, size))
     wide = emit.cast(logits, ir.DataType.FLOAT)
-    noise = emit.declare("noise", ir.DataType.FLOAT, (NOISE_POSITIONS, dimension(logits, 2)))
-    rows = emit.op("Gather", [noise, emit.input("noise_rows")], {"axis": 0})
-    scores = emit.op("Add", [emit.op("Mul", [wide, emit.input("inverse_temperature")]), rows])
-    scores.type, scores.shape = ir.TensorType(ir.DataType.FLOAT), logits.shape
-    return scores
+    head = {"axis": -1, "sorted": 1}
+    likeliest, places = emit.ops("TopK", [wide, emit.int64s(min(HEAD_TOKENS, size))], head, count=2)
+    rows = emit.row(emit.op("Gather", [noise, emit.input("noise_rows")], {"axis": 0}))
+    scores = emit.op(
+        "Add",
+        [
+            emit.op("Mul", [likeliest, emit.input("inverse_temperature")]),
+            emit.op("GatherElements", [rows, places], {"axis": -1}),
+        ],
+    )
+    _, order = emit.ops("TopK", [scores, emit.int64s(min(top, size))], head, count=2)
+    places = emit.op("GatherElements", [places, order], {"axis": -1})
+    ids = _tokens_at(emit, vocabulary, places, Form.INPLACE)
+    ids.name, ids.type = "candidate_ids", ir.TensorType(ir.DataType.INT64)
+    ids.shape = ir.Shape([1, ir.SymbolicDim("rows"), min(top, size)])
+    return ids
 
 
 def _piece(

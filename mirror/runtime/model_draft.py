@@ -125,6 +125,7 @@ class ModelDraft:
             for item in others:
                 width = fit_width(self._segments.branch.widths, item.rows)
                 guesses.append(self._step(guesses[-1], item.gives, width, noise).fetch())
+            self._draw_ahead(noise, tokens.shape[0], count)
             proposed = np.concatenate([guess.tokens()[0] for guess in guesses])
         return Proposal(self._known_tokens(proposed), self._log.take())
 
@@ -173,6 +174,12 @@ class ModelDraft:
         branches = choose_branches(window, sources, self._fanout)
         # One that the first pass leaves out would propose nothing, where a proposal made anew may.
         return likeliest(branches, self._fanout, branches_at(0, len(branches), self._shape.branches_per_pass))
+
+    def _draw_ahead(self, noise: CoupledNoise | None, position: int, depth: int) -> None:
+        """While passes run that look at the noise from a position on: draw what the next rounds' will look at."""
+        if noise is not None and self._segments.sampled is not None:
+            ahead = position + 1 + np.arange(min(3 * depth + 2, NOISE_POSITIONS - 1))
+            self._segments.sampled.noise.draw(noise, ahead)
 
     # Passes over the trunk.
 
@@ -247,9 +254,7 @@ class ModelDraft:
             given.append((rows, tokens))
             read += item.real
         self._pool.slot_branch[first_slot:slot] = NO_BRANCH
-        if noise is not None and self._segments.sampled is not None:
-            # While the passes run: what the next round, or the one after it, will look at.
-            self._segments.sampled.noise.draw(noise, base + 2 + np.arange(min(3 * depth + 2, NOISE_POSITIONS - 1)))
+        self._draw_ahead(noise, base + 1, depth)
         # Where passes are only launched, this is the first wait since the branches were chosen.
         for rows, guess in given:
             start = lengths[rows[0]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 F64 = NDArray[np.float64]
 
@@ -19,7 +20,7 @@ _MULTIPLIER_0 = np.uint64(0xD2511F53)
 _MULTIPLIER_1 = np.uint64(0xCD9E8D57)
 _WEYL_0 = 0x9E3779B9
 _WEYL_1 = 0xBB67AE85
-_MASK = np.uint64(0xFFFFFFFF)
+_WORD = 0xFFFFFFFF
 _32 = np.uint64(32)
 _12 = np.uint64(12)
 _ROUNDS = 10
@@ -37,20 +38,26 @@ def philox(counter: U64, key: tuple[int, int]) -> U64:
 
     Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
     """
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = counter.astype(np.uint32)
+    return np.stack(_rounds(c0, c1, c2, c3, key)).astype(np.uint64)
+
+
+def _rounds(c0: U32, c1: U32, c2: U32, c3: U32, key: tuple[int, int]) -> tuple[U32, U32, U32, U32]:
+    """Run all rounds over the words of some counters, uint32 [n] each, in place."""
+    # A product of two 32-bit words fits 64 bits exactly; its halves are looked at where they are.
+    product_0, product_1 = np.empty(c0.size, "<u8"), np.empty(c0.size, "<u8")
+    low_0, high_0, low_1, high_1 = (
+        product.view("<u4")[half::2] for product in (product_0, product_1) for half in (0, 1)
+    )
     for index in range(_ROUNDS):
-        k0 = np.uint64((key[0] + index * _WEYL_0) & 0xFFFFFFFF)
-        k1 = np.uint64((key[1] + index * _WEYL_1) & 0xFFFFFFFF)
-        # Products of two 32-bit words fit 64 bits exactly.
-        product_0 = c0 * _MULTIPLIER_0
-        product_1 = c2 * _MULTIPLIER_1
-        c0, c1, c2, c3 = (
-            (product_1 >> _32) ^ c1 ^ k0,
-            product_1 & _MASK,
-            (product_0 >> _32) ^ c3 ^ k1,
-            product_0 & _MASK,
-        )
-    return np.stack([c0, c1, c2, c3])
+        np.multiply(c0, _MULTIPLIER_0, out=product_0)
+        np.multiply(c2, _MULTIPLIER_1, out=product_1)
+        np.bitwise_xor(high_1, c1, out=c0)
+        np.bitwise_xor(high_0, c3, out=c2)
+        c0 ^= np.uint32((key[0] + index * _WEYL_0) & _WORD)
+        c2 ^= np.uint32((key[1] + index * _WEYL_1) & _WORD)
+        c1[:], c3[:] = low_1, low_0
+    return c0, c1, c2, c3
 
 
 def uniforms(seed: int, position: int | NDArray[np.int64], tokens: NDArray[np.integer]) -> F64:
@@ -64,13 +71,19 @@ def uniforms(seed: int, position: int | NDArray[np.int64], tokens: NDArray[np.in
     Returns:
         float64 [n], each (k + 0.5) / 2**52 for an integer k: never 0, never 1.
     """
-    counter = np.zeros((4, tokens.shape[0]), np.uint64)
+    counter = np.zeros((4, tokens.size), np.uint32)
     counter[0] = tokens
-    counter[1] = position & 0xFFFFFFFF
+    counter[1] = position & _WORD
     counter[2] = position >> 32
-    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    bits = (words[1] << _32) | words[0]
-    result: F64 = ((bits >> _12).astype(np.float64) + 0.5) * 2.0**-52
+    c0, c1, c2, c3 = counter
+    low, high, *_ = _rounds(c0, c1, c2, c3, (seed & _WORD, seed >> 32))
+    bits = high.astype(np.uint64)
+    bits <<= _32
+    bits |= low
+    bits >>= _12
+    result: F64 = bits.astype(np.float64)
+    result += 0.5
+    result *= 2.0**-52
     return result
 
 
