@@ -74,7 +74,7 @@ def test_a_name_is_written_without_its_precision() -> None:
         ("openvino:TPU", "openvino:NPU"),
         ("cpu:0", "doesn't say which cpu device"),
         ("openvino:CPU:int8", "the choices are f32, f16, bf16"),
-        ("cuda:0:f16", "only openvino devices take one"),
+        ("cuda:0:f16", "write a part above 0 and below 1"),
         ("openvino:CPU:f32:x", "the choices are f32, f16, bf16"),
     ],
 )
@@ -211,14 +211,17 @@ def test_gpus_are_listed_and_opened_by_index() -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_a_draft_has_a_part_of_the_gpu_that_its_target_computes_on() -> None:
-    def share(name: str, beside: str | None) -> float:
-        device = open_device(name, background=True, beside=None if beside is None else open_device(beside))
+def test_a_part_of_a_gpu_is_asked_for_by_name() -> None:
+    def share(name: str) -> float:
+        device = open_device(name, background=True)
         assert isinstance(device, cuda.CudaDevice)
+        assert device.name == name[:6]
         return device.stream.share  # type: ignore[attr-defined,no-any-return]
 
-    assert share("cuda:0", "cuda:0") < 1.0
-    assert share("cuda:1", "cuda:0") == share("cuda:0", "cpu") == share("cuda:0", None) == 1.0
+    assert [share(name) for name in ("cuda:0", "cuda:1:0.25", "cuda:0:.5")] == [1.0, 0.25, 0.5]
+    for wrong in ("cuda:0:1", "cuda:0:0.0", "cuda:0:1.5", "cuda:0:half", "cuda:0:-.5"):
+        with pytest.raises(DeviceError, match=r"write a part above 0 and below 1, as in cuda:0:0\.25"):
+            open_device(wrong)
 
 
 @pytest.mark.parametrize("missing", ["cuGreenCtxStreamCreate", None])
@@ -313,6 +316,7 @@ PAIRS = [
     pytest.param("cuda:0", "cpu", marks=GPU),
     pytest.param("cuda:0", "openvino:CPU", marks=GPU),
     pytest.param("cuda:0", "cuda:0", marks=GPU),
+    pytest.param("cuda:0", "cuda:0:0.25", marks=GPU),
     pytest.param("cuda:0", "cuda:1", marks=GPU),
     pytest.param("cuda:1", "cuda:0", marks=GPU),
 ]
@@ -322,7 +326,7 @@ def _needs(*names: str) -> None:
     """Skip where a GPU of these isn't there, or openvino isn't installed."""
     if any(name.startswith("openvino") for name in names):
         pytest.importorskip("openvino", reason=survey.INSTALL_OPENVINO)
-    gpus = [int(name.partition(":")[2]) for name in names if name.startswith("cuda")]
+    gpus = [int(name.split(":")[1]) for name in names if name.startswith("cuda")]
     if gpus and max(gpus) >= len(cuda.driver_gpus()):
         pytest.skip(f"no cuda:{max(gpus)} here")
 
@@ -339,8 +343,8 @@ def test_a_pair_of_devices_gives_the_plain_text(target: str, draft: str, mode: M
     with open_engine(
         bundle,
         EngineOptions(mode=mode, threads=2),
-        target=(on := open_device(target)),
-        draft=open_device(draft, background=True, beside=on if mode is Mode.MIRROR else None),
+        target=open_device(target),
+        draft=open_device(draft, background=True),
     ) as engine:
         assert list(engine.generate_tokens(prompt, max_new_tokens=40).tokens) == expected
         # The first prompt's start again: a cache that was rolled back.
@@ -369,7 +373,7 @@ def test_a_suffix_on_another_device_gives_the_plain_text(suffix: str, mode: Mode
 def test_a_drafts_part_of_a_gpu_is_about_what_was_asked_for() -> None:
     _needs("cuda:0")
     whole = cuda_driver.multiprocessors(0)
-    device = open_device("cuda:0", background=True, beside=open_device("cuda:0"))
+    device = open_device("cuda:0:0.4", background=True)
     assert isinstance(device, cuda.CudaDevice)
     assert isinstance(device.stream, cuda.CudaStream)
     assert whole is not None

@@ -10,21 +10,18 @@ from mirror.targets.base import Device
 PLUGIN_PREFIX = "plugin:"
 
 
-def open_watched(name: str, clock: PassClock, lane: Lane, beside: Device | None = None) -> Device:
+def open_watched(name: str, clock: PassClock, lane: Lane) -> Device:
     """Return a device whose passes a clock notes; `plugin:CPU` is OpenVINO's plugin for ONNX Runtime.
-
-    Args:
-        beside: the device of a target that computes at the same time as this one.
 
     Raises:
         DeviceError: it isn't there.
     """
-    return clock.watched(_open(name, lane is Lane.DRAFT, beside), lane)
+    return clock.watched(_open(name, background=lane is Lane.DRAFT), lane)
 
 
-def _open(name: str, background: bool, beside: Device | None) -> Device:
+def _open(name: str, *, background: bool) -> Device:
     if not name.startswith(PLUGIN_PREFIX):
-        return open_device(name, background=background, beside=beside)
+        return open_device(name, background=background)
     from mirror.targets.openvino_plugin import open_plugin_device
 
     return open_plugin_device(name.removeprefix(PLUGIN_PREFIX), None)

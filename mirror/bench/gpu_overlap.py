@@ -202,7 +202,7 @@ def main(
     facts = {**provenance("mirror.bench.gpu_overlap"), "gpu": gpu_name(0), "bundle": bundle.name}
     rows: list[dict[str, Any]] = []
     for name in draft_devices:
-        draft = open_watched(name, clock, Lane.DRAFT, target)
+        draft = open_watched(name, clock, Lane.DRAFT)
         base = EngineOptions(mode=Mode.MIRROR, max_length=max_length, threads=threads, pinned=True)
         options = read_settings(settings, base)
         overlap = load_overlap(bundle, manifest, target, draft, options, context)

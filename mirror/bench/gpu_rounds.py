@@ -42,7 +42,7 @@ from mirror.runtime.records import Lane, Mode, Round
 from mirror.runtime.result import Result
 from mirror.runtime.statistics import PromptFacts, summarise
 from mirror.runtime.trace import chrome_trace
-from mirror.targets import free_memory
+from mirror.targets import free_memory, parse_device_name
 from mirror.targets.base import Device
 
 TERMS = ("round_ms", "prefix_ms", "exit_head_ms", "suffix_ms", "trunk_ms", "rollout_ms", "propose_ms")
@@ -196,13 +196,16 @@ def load_arms(
     arms: list[Arm] = []
     memory = []
     for name in draft_devices:
-        draft = open_watched(name, clock, Lane.DRAFT, beside=target)
+        draft = open_watched(name, clock, Lane.DRAFT)
         before = free_memory(target.name).bytes
         engine = Engine(bundle, manifest, options, target, draft)
         needs = memory_needs(bundle, manifest, Placement(target, target, draft), engine.plan)
         arms += [Arm(Mode.PLAIN, name, engine)] if not arms else []
-        # In turns with the target a draft has the whole GPU.
-        in_turns = Engine(bundle, manifest, options, target, open_watched(name, clock, Lane.DRAFT))
+        # In turns with the target a draft has the whole of a GPU.
+        whole = str(parse_device_name(name)) if name.startswith("cuda") else name
+        in_turns = engine
+        if whole != name:
+            in_turns = Engine(bundle, manifest, options, target, open_watched(whole, clock, Lane.DRAFT))
         arms += [Arm(Mode.SERIAL, name, in_turns), Arm(Mode.MIRROR, name, engine)]
         memory.append(
             {

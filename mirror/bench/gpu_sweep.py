@@ -77,7 +77,7 @@ def main(
     for text in ("", *variants):
         # The target's passes stay at the bundle's width, so a narrower window is a matter of each answer.
         settings = read_settings(text, base)
-        draft = open_watched(draft_device, clock, Lane.DRAFT, target if settings.mode is Mode.MIRROR else None)
+        draft = open_watched(draft_device, clock, Lane.DRAFT)
         engine = Engine(bundle, manifest, replace(settings, gamma=None), target, draft)
         arms += [Arm(Mode.PLAIN, draft_device, engine)] if not arms else []
         arms.append(Arm(settings.mode or Mode.MIRROR, draft_device, engine, settings.gamma))

@@ -448,7 +448,8 @@ def load(
             setting, else `cpu`.
         suffix_device: where the target's layers past the exit run, if not there; None takes the bundle's setting
             where that for the target holds too, else the target's device.
-        draft_device: where the draft runs; None takes the bundle's setting, else `cpu`.
+        draft_device: where the draft runs; None takes the bundle's setting, else `cpu`. `cuda:0:0.25` is a quarter of
+            a GPU's multiprocessors, for a draft that disturbs a target beside it less.
         threads: CPU threads in all; None takes one per physical core.
         max_length: tokens a context may have; None takes the bundle's.
         gamma: draft tokens of a window; None takes the bundle's.
@@ -498,16 +499,13 @@ def load(
     # Settings hold together: a suffix was placed beside the target's device of the same settings.
     tuned = settings.suffix_device if target_device in (None, settings.target_device) else None
     target = open_device(target_device or settings.target_device or "cpu")
-    overlaps = (options.mode or Mode(settings.mode or Mode.MIRROR)) is Mode.MIRROR
     suffix = suffix_device or tuned
     return Engine(
         folder,
         manifest,
         options,
         target,
-        open_device(
-            draft_device or settings.draft_device or "cpu", background=True, beside=target if overlaps else None
-        ),
+        open_device(draft_device or settings.draft_device or "cpu", background=True),
         suffix_device=None if suffix is None else open_device(suffix),
         free_memory=free_memory,
     )

@@ -26,13 +26,12 @@ __all__ = [
 ]
 
 
-def open_device(name: str, *, background: bool = False, beside: Device | None = None) -> Device:
+def open_device(name: str, *, background: bool = False) -> Device:
     """Return a device by the name that a user writes: `cpu`, `cuda:0`, `openvino:CPU|GPU|NPU`, `qnn:htp`, `npu`.
 
     Args:
         background: whether it is for a draft, which may share a GPU with a target, and whose arithmetic
             changes no text.
-        beside: the device of a target that computes at the same time.
 
     Raises:
         DeviceError: no such name, or the device or its library isn't there; the message says what
@@ -47,9 +46,7 @@ def open_device(name: str, *, background: bool = False, beside: Device | None = 
         case DeviceFamily.CUDA:
             from mirror.targets.cuda import open_cuda
 
-            return open_cuda(
-                int(parsed.unit), background=background, beside=beside is not None and beside.name == str(parsed)
-            )
+            return open_cuda(int(parsed.unit), background=background, share=parsed.share)
         case DeviceFamily.OPENVINO:
             return _open_openvino(parsed, background=background)
         case DeviceFamily.QNN:

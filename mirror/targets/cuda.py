@@ -23,9 +23,6 @@ PROVIDER = "CUDAExecutionProvider"
 INSTALL_CUDA = 'pip install "mirror-sd[cuda]" && pip install --force-reinstall --no-deps "onnxruntime-gpu>=1.31,<1.33"'
 
 _NAME_BYTES = 256
-
-# Of a GPU's multiprocessors, for a draft beside a target.
-_DRAFT_SHARE = 0.25
 # What a GPU must compute itself: on the CPU it would copy the whole cache there and back in every layer.
 _ATTENTION = "GroupQueryAttention"
 
@@ -33,9 +30,8 @@ _ATTENTION = "GroupQueryAttention"
 class CudaDevice(OnnxRuntimeDevice):
     """One NVIDIA GPU, by its index in the driver's list. Its passes are recorded as CUDA graphs, one per width.
 
-    A draft's computes on an urgent stream, so that its small kernels find their way between those of a
-    target that fills the GPU; and beside a target on a part of the multiprocessors, so that they hold up only a part
-    of each of the target's.
+    A draft's computes on an urgent stream, so that its small kernels find their way between those of a target that
+    fills the GPU. On a part of the multiprocessors they hold up only a part of each of those, and take longer.
 
     Attributes:
         stream: what its passes are launched on.
@@ -91,12 +87,12 @@ def cuda_provider(index: int, stream: DeviceStream) -> Provider:
     )
 
 
-def open_cuda(index: int, *, background: bool = False, beside: bool = False) -> CudaDevice:
+def open_cuda(index: int, *, background: bool = False, share: float = 1.0) -> CudaDevice:
     """Return a GPU by its index.
 
     Args:
-        background: whether it is for a draft, which may share the GPU with a target.
-        beside: whether it does, and at the same time.
+        background: whether it is for a draft, which shares the GPU with a target.
+        share: the part of its multiprocessors to compute on.
 
     Raises:
         DeviceError: the runtime has no CUDA provider, or there is no such GPU.
@@ -110,7 +106,7 @@ def open_cuda(index: int, *, background: bool = False, beside: bool = False) -> 
         raise DeviceError(f"cuda:{index} isn't there: the driver lists {listed}; use one of these")
     # Finds the CUDA and cuDNN libraries that come as Python packages.
     ort.preload_dlls()
-    return CudaDevice(index, CudaStream(index, urgent=background, share=_DRAFT_SHARE if beside else 1.0))
+    return CudaDevice(index, CudaStream(index, urgent=background, share=share))
 
 
 def cuda_missing() -> str | None:

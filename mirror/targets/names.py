@@ -36,15 +36,17 @@ class DeviceName:
         precision: the arithmetic asked for, None for the device's default.
         chip: the Hexagon architecture asked for, `v73` or, with a chip's number, `v73.43`; None for the
             machine's own, or the emulator's default.
+        share: the part of a GPU's multiprocessors that is asked for, above 0; 1 is all of them.
     """
 
     family: DeviceFamily
     unit: str = ""
     precision: Precision | None = None
     chip: str | None = None
+    share: float = 1.0
 
     def __str__(self) -> str:
-        """The name without its precision or chip."""
+        """The name without its precision, chip or share."""
         return f"{self.family.value}:{self.unit}" if self.unit else self.family.value
 
 
@@ -58,11 +60,12 @@ _UNITS = {
     DeviceFamily.OPENVINO: re.compile(r"CPU|NPU|GPU(\.\d{1,2})?"),
     DeviceFamily.QNN: re.compile(r"HTP|EMULATOR"),
 }
+_SHARE = re.compile(r"0?\.\d{1,3}")
 _CHIP = re.compile(r"v\d{2}(\.\d{1,3})?")
 
 
 def parse_device_name(text: str) -> DeviceName:
-    """Return a device name taken apart: `family[:unit[:precision or chip]]`, as in `openvino:CPU:bf16`.
+    """Return a device name taken apart: `family[:unit[:precision, chip or share]]`, as in `openvino:CPU:bf16`.
 
     Raises:
         DeviceError: the name is none of the known ones; the message lists them.
@@ -78,7 +81,17 @@ def parse_device_name(text: str) -> DeviceName:
         raise DeviceError(f"{text!r} doesn't say which {family.value} device; the names are {_CHOICES}")
     if family is DeviceFamily.QNN:
         return DeviceName(family, unit.lower(), chip=_chip(text, detail))
-    return DeviceName(family, unit, _precision(text, family, detail))
+    if family is DeviceFamily.CUDA:
+        return DeviceName(family, unit, share=_share(text, detail))
+    return DeviceName(family, unit, _precision(text, detail))
+
+
+def _share(text: str, share: str) -> float:
+    if not share:
+        return 1.0
+    if _SHARE.fullmatch(share) is None or float(share) == 0.0:
+        raise DeviceError(f"{text!r} asks for {share!r} of a GPU; write a part above 0 and below 1, as in cuda:0:0.25")
+    return float(share)
 
 
 def _chip(text: str, chip: str) -> str | None:
@@ -89,11 +102,9 @@ def _chip(text: str, chip: str) -> str | None:
     return chip.lower()
 
 
-def _precision(text: str, family: DeviceFamily, precision: str) -> Precision | None:
+def _precision(text: str, precision: str) -> Precision | None:
     if not precision:
         return None
-    if family is not DeviceFamily.OPENVINO:
-        raise DeviceError(f"{text!r} asks for a precision; only openvino devices take one, as in openvino:CPU:bf16")
     try:
         return Precision(precision.lower())
     except ValueError:

@@ -93,9 +93,8 @@ def open_engine(folder: Path, choice: Choice, work: Workload, wrap: Callable[[De
     names = [places.target, places.suffix or places.target]
     opened = {name: open_device(name) for name in dict.fromkeys(names)}
     # A device of its own, also where it has the target's name: on a GPU it computes on its own stream.
-    overlapped = opened[places.target] if choice.mode is Mode.MIRROR else None
-    drafts = opened[places.target] if plain else open_device(places.draft, background=True, beside=overlapped)
-    target, suffix, draft = (wrap(device) if wrap else device for device in (*(opened[name] for name in names), drafts))
+    beside = opened[places.target] if plain else open_device(places.draft, background=True)
+    target, suffix, draft = (wrap(device) if wrap else device for device in (*(opened[name] for name in names), beside))
     manifest = read_manifest(folder)
     return Engine(folder, manifest, options, target, draft, suffix_device=suffix, free_memory=free_memory)
 

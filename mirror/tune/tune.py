@@ -188,13 +188,14 @@ def tune_bundle(bundle: Path, options: TuneOptions, say: Say, *, write: bool = T
 def _devices(options: TuneOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the devices to try for target and draft.
 
-    Unless asked for others: the first NVIDIA GPU or the CPU for the target, and for the draft that GPU and
-    all that isn't one.
+    Unless asked for others: the first NVIDIA GPU or the CPU for the target, and for the draft that GPU, a quarter of
+    it, and all that isn't one.
     """
     present = {device.name for device in list_devices() if device.available}
     targets = options.target_devices or (("cuda:0",) if "cuda:0" in present else ("cpu",))
     likely = [name for name in ("cpu", "openvino:CPU", "openvino:NPU", "qnn:htp", "openvino:GPU") if name in present]
-    drafts = options.draft_devices or tuple(dict.fromkeys([*likely, *(t for t in targets if t.startswith("cuda"))]))
+    shared = [name for target in targets if target.startswith("cuda") for name in (target, f"{target}:0.25")]
+    drafts = options.draft_devices or tuple(dict.fromkeys([*likely, *shared]))
     return targets, drafts
 
 
