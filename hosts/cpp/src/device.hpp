@@ -114,14 +114,14 @@ class Device {
 };
 
 // Whom a device is for. A draft that shares its target's GPU goes first there: its small kernels find their way
-// between those of a target that fills it. One that computes beside the target keeps to a part of the GPU's
-// multiprocessors, where the driver has parts, and so holds up only a part of each of the target's kernels.
-enum class Role { target, draft, draft_beside };
+// between those of a target that fills it.
+enum class Role { target, draft };
 
 // What the device that a user's name stands for calls itself. Throws Error(device): no such name.
 std::string device_name(const std::string& name);
 
-// A device by the name that a user writes. Throws Error(device): no such name, or not there.
+// A device by the name that a user writes; `cuda:0:0.25` is a quarter of a GPU's multiprocessors, where the driver has
+// parts. Throws Error(device): no such name, or not there.
 std::shared_ptr<Device> open_device(const std::string& name, Role role = Role::target);
 
 // Makes a plugin's execution providers known to ONNX Runtime, once per process and name.

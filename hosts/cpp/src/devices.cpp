@@ -20,6 +20,7 @@ const char* const openvino_provider = "OpenVINOExecutionProvider";
 
 struct DeviceName {
   std::string family, unit, precision;
+  double share = 1.0;  // of a GPU's multiprocessors
 
   // What a device by that name calls itself.
   std::string device() const { return unit.empty() ? family : family + ":" + unit; }
@@ -40,6 +41,20 @@ bool is_openvino_unit(const std::string& unit) {
          (unit.rfind("GPU.", 0) == 0 && is_number(unit.substr(4), 2));
 }
 
+// The part of a GPU that `cuda:0:0.25` asks for: up to three digits behind a point.
+double share_of(const std::string& name, const std::string& share) {
+  const std::size_t point = share.find('.');
+  const bool known = (point == 0 || (point == 1 && share[0] == '0')) && is_number(share.substr(point + 1), 3);
+  // Digit by digit: how `stod` reads a point depends on the process's locale.
+  double part = 0.0, place = 0.1;
+  for (std::size_t index = point + 1; known && index < share.size(); ++index, place /= 10.0)
+    part += (share[index] - '0') * place;
+  if (part == 0.0)
+    throw Error(ErrorKind::device, "'" + name + "' asks for '" + share +
+                                       "' of a GPU; write a part above 0 and below 1, as in cuda:0:0.25");
+  return part;
+}
+
 DeviceName parse_device_name(const std::string& text) {
   std::vector<std::string> parts(1);
   for (const char letter : text)
@@ -48,9 +63,9 @@ DeviceName parse_device_name(const std::string& text) {
     else
       parts.back() += letter;
   const std::string family = changed_case(parts[0], std::tolower);
-  if (family == "cpu" && parts.size() == 1) return {"cpu", "", ""};
-  if (family == "cuda" && parts.size() == 2 && is_number(parts[1], 3))
-    return {"cuda", std::to_string(std::stoi(parts[1])), ""};
+  if (family == "cpu" && parts.size() == 1) return {"cpu", "", "", 1.0};
+  if (family == "cuda" && (parts.size() == 2 || parts.size() == 3) && is_number(parts[1], 3))
+    return {"cuda", std::to_string(std::stoi(parts[1])), "", parts.size() == 3 ? share_of(text, parts[2]) : 1.0};
   if (family == "openvino" && (parts.size() == 2 || parts.size() == 3)) {
     const std::string unit = changed_case(parts[1], std::toupper);
     const std::string precision = parts.size() == 3 ? changed_case(parts[2], std::tolower) : "";
@@ -61,7 +76,7 @@ DeviceName parse_device_name(const std::string& text) {
     if (unit == "NPU" && !precision.empty() && precision != "f16")
       throw Error(ErrorKind::device,
                   "openvino:NPU computes in f16 only, asked for " + precision + "; leave the precision out");
-    if (is_openvino_unit(unit)) return {"openvino", unit, precision};
+    if (is_openvino_unit(unit)) return {"openvino", unit, precision, 1.0};
   }
   throw Error(ErrorKind::device, "no device is called '" + text + "'; the names are " + choices);
 }
@@ -103,9 +118,6 @@ void load_cuda(const Provider& provider) {
   }
 }
 
-// Of a GPU's multiprocessors, for a draft beside a target.
-constexpr double draft_share = 0.25;
-
 std::shared_ptr<Device> open_cuda(const DeviceName& name, Role role) {
   const int index = std::stoi(name.unit);
   Provider provider;
@@ -123,7 +135,7 @@ std::shared_ptr<Device> open_cuda(const DeviceName& name, Role role) {
   provider.fixed_widths = true;
   // GroupQueryAttention chooses its kernel by it.
   provider.sized_total = true;
-  provider.stream = open_cuda_stream(index, role != Role::target, role == Role::draft_beside ? draft_share : 1.0);
+  provider.stream = open_cuda_stream(index, role != Role::target, name.share);
   provider.free_memory = [name = provider.device, index] { return FreeMemory{name, cuda_driver().free_bytes(index)}; };
   return std::make_shared<SessionDevice>(provider,
                                          [index, stream = provider.stream](Ort::SessionOptions& options, int) {

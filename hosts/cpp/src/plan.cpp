@@ -207,12 +207,6 @@ Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shar
   return plan;
 }
 
-Role draft_role(const Manifest& manifest, const EngineOptions& options, const Device& target) {
-  const bool beside =
-      mode_of(manifest, options) == Mode::mirror && device_name(draft_device_of(manifest, options)) == target.name();
-  return beside ? Role::draft_beside : Role::draft;
-}
-
 Placement open_devices(const Manifest& manifest, const EngineOptions& options) {
   const Settings& settings = manifest.settings;
   const std::string target = options.target_device.value_or(settings.target_device.value_or("cpu"));
@@ -223,7 +217,7 @@ Placement open_devices(const Manifest& manifest, const EngineOptions& options) {
   Placement places;
   places.target = open_device(target);
   places.suffix = suffix && *suffix != target ? open_device(*suffix) : places.target;
-  places.draft = open_device(draft_device_of(manifest, options), draft_role(manifest, options, *places.target));
+  places.draft = open_device(draft_device_of(manifest, options), Role::draft);
   return places;
 }
 

@@ -64,9 +64,6 @@ struct Plan {
 // Throws Error(request): a size that the bundle can't serve, or a mode that needs a draft it lacks.
 Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shared_cpu);
 
-// What the draft's device is opened for: in mirror mode a draft on its target's device computes beside it.
-Role draft_role(const Manifest& manifest, const EngineOptions& options, const Device& target);
-
 // Opens the devices that the user, or else the bundle's settings, name.
 Placement open_devices(const Manifest& manifest, const EngineOptions& options);
 

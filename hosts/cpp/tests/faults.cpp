@@ -376,31 +376,13 @@ void parts_of_a_gpu() {
   checks.check(none.gpus() == 0 && none.part_stream(0, 0.25, -5) == nullptr && !none.free_bytes(0), "no driver");
 }
 
-// A draft has a part of a GPU where the target computes there at the same time, and all of it elsewhere.
-void drafts_beside_their_targets() {
-  const auto role = [](const std::string& target, const char* draft, std::optional<Mode> mode) {
-    Provider provider;
-    provider.device = target;
-    const SessionDevice device(provider, nullptr);
-    EngineOptions options;
-    options.mode = mode;
-    Manifest manifest = read_manifest(bundles / "context");
-    manifest.settings.draft_device = draft;
-    return draft_role(manifest, options, device);
-  };
-  for (const char* same : {"cuda:0", "CUDA:0", "cuda:00"})
-    checks.check(role("cuda:0", same, Mode::mirror) == Role::draft_beside, std::string("beside ") + same);
-  checks.check(role("cuda:0", "cuda:0", {}) == Role::draft_beside, "mirror is the default");
-  for (const Mode mode : {Mode::plain, Mode::serial})
-    checks.check(role("cuda:0", "cuda:0", mode) == Role::draft, "one after the other in mode " + to_string(mode));
-  for (const char* other : {"cuda:1", "cpu", "openvino:CPU"})
-    checks.check(role("cuda:0", other, Mode::mirror) == Role::draft, std::string("not beside ") + other);
-  EngineOptions options;
-  options.draft_device = "cuda:3";
-  Provider provider;
-  provider.device = "cuda:3";
-  const SessionDevice device(provider, nullptr);
-  checks.check(draft_role(read_manifest(bundles / "context"), options, device) == Role::draft_beside, "as asked for");
+// A part of a GPU is asked for by name, and no part of its device's own name.
+void parts_of_gpus_are_asked_for_by_name() {
+  for (const char* name : {"cuda:3", "CUDA:03", "cuda:3:0.25", "cuda:3:.5", "cuda:3:0.125"})
+    checks.equal(device_name(name), std::string("cuda:3"), name);
+  for (const char* name : {"cuda:0:1", "cuda:0:0", "cuda:0:0.0", "cuda:0:1.5", "cuda:0:half", "cuda:0:-.5", "cuda:0:.1234", "cuda:0:"})
+    refused(name, ErrorKind::device, "write a part above 0 and below 1, as in cuda:0:0.25",
+            [name] { open_device(name, Role::draft); });
 }
 
 // OpenVINO's gated MLP divides by half the number of threads on matrix units, and the process dies of it.
@@ -409,11 +391,9 @@ void matrix_units_get_two_threads_or_f32() {
   const auto precision = [](const char* unit, const char* asked, Role role, const CpuFacts& cpu) {
     return openvino_precision(unit, asked, role, cpu);
   };
-  for (const Role role : {Role::draft, Role::draft_beside}) {
-    checks.equal(precision("CPU", "", role, two), std::string(), "a draft's arithmetic is OpenVINO's choice");
-    checks.equal(precision("CPU", "", role, plain), std::string(), "with one CPU too, without matrix units");
-    checks.equal(precision("CPU", "", role, one), std::string("f32"), "but not where they need two threads");
-  }
+  checks.equal(precision("CPU", "", Role::draft, two), std::string(), "a draft's arithmetic is OpenVINO's choice");
+  checks.equal(precision("CPU", "", Role::draft, plain), std::string(), "with one CPU too, without matrix units");
+  checks.equal(precision("CPU", "", Role::draft, one), std::string("f32"), "but not where they need two threads");
   checks.equal(precision("CPU", "", Role::target, two), std::string("f32"), "a target is exact");
   checks.equal(precision("CPU", "bf16", Role::target, two), std::string("bf16"), "or as asked for");
   checks.equal(precision("GPU.1", "", Role::target, one), std::string("f16"), "a GPU's own arithmetic");
@@ -808,7 +788,7 @@ int main(int count, char** arguments) {
   checks.group("lifetimes", segment_that_outlives_its_device);
   checks.group("memory", what_does_not_fit);
   checks.group("parts", parts_of_a_gpu);
-  checks.group("beside", drafts_beside_their_targets);
+  checks.group("parts", parts_of_gpus_are_asked_for_by_name);
   checks.group("matrix units", matrix_units_get_two_threads_or_f32);
   checks.group("overlap", really_overlaps);
   checks.group("reuse", reuses_the_cache);
