@@ -10,6 +10,9 @@ PROMPT = Explain in three sentences why the sky is blue.
 # More options of `mirror run`: make run ARGS="--mode plain --max-new-tokens 64"
 ARGS =
 
+# How many processes share the tests.
+PROCESSES = 2
+
 .PHONY: run test lint format docs clean
 
 run: export MIRROR_PROMPT = $(value PROMPT)
@@ -17,7 +20,7 @@ run: $(VENV)/.run-installed
 	@printf '%s' "$$MIRROR_PROMPT" | $(BIN)/mirror run $(ARGS)
 
 test: $(VENV)/.test-installed lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(PROCESSES)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check

@@ -205,6 +205,9 @@ def _link_library(folder: Path) -> None:
 
 
 def _link(link: Path, target: Path) -> None:
+    """Make a link, or leave it be where it is right: another process may be reading through it."""
+    if link.is_symlink() and link.readlink() == target:
+        return
     link.unlink(missing_ok=True)
     link.symlink_to(target)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from mirror.bundle import Form, check_files, read_manifest
 from mirror.errors import BundleError, ExportError, SelfCheckError
@@ -21,9 +22,11 @@ from mirror.export import build, selfcheck
 from mirror.export.build import ExportOptions, export_bundle
 from mirror.export.checkpoint import open_checkpoint
 from mirror.export.cut import exit_layer_of
+from mirror.export.normalize import normalize
 from mirror.export.recut import recut_bundle
-from mirror.export.trace import trace
+from mirror.export.trace import Traced, trace
 from tests.families import make_checkpoint
+from tests.traces import remembering
 
 OPTIONS = ExportOptions(max_length=200, draft="layers:0,3")
 
@@ -243,7 +246,7 @@ def test_options_are_refused_before_any_work(
 def test_models_that_cannot_be_exported_are_named(tmp_path: Path) -> None:
     for model_type, message in (("t5", "encoder-decoder"), ("mamba", "MambaForCausalLM")):
         folder = tmp_path / model_type
-        config = AutoConfig.for_model(model_type)
+        config = AutoConfig.for_model(model_type, num_hidden_layers=4)
         if model_type == "mamba":
             config.architectures = ["MambaForCausalLM"]
         config.save_pretrained(folder)
@@ -340,6 +343,28 @@ def test_tracing_touches_no_weights() -> None:
     )
     traced = trace(config, torch.float16)
     assert all(traced.model.graph.initializers[name].const_value is None for name in traced.parameters)
+
+
+def test_a_remembered_trace_is_like_a_new_one(llama: Path) -> None:
+    config = open_checkpoint(str(llama)).config
+    config.num_hidden_layers = 2
+    asked: list[torch.dtype] = []
+
+    def counted(config: PretrainedConfig, dtype: torch.dtype) -> Traced:
+        asked.append(dtype)
+        return trace(config, dtype)
+
+    remembered = remembering(counted)
+    # Each changes the graph that it is given. Nodes' names, which nothing reads, count on in a new trace.
+    first, again, new = (
+        re.sub("# node_.*", "", str(normalize(make(config, torch.float32), 64)))
+        for make in (remembered, remembered, trace)
+    )
+    assert first == again == new
+    remembered(config, torch.float16)
+    assert asked == [torch.float32, torch.float16]
+    config.num_hidden_layers = 1
+    assert remembered(config, torch.float32).layers == 1
 
 
 # --- small drivers over real sessions ---------------------------------------------------------------

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 import tokenizers
+from filelock import FileLock
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import mirror
@@ -42,11 +43,18 @@ SPEC_BENCH = Path(__file__).parents[2] / "shared" / "data" / "spec_bench.jsonl"
 PLAIN_MODES = ("plain", "serial", "mirror")
 
 
+def fetched(*, dotnet: bool = False) -> Toolchain:
+    """Return what builds the hosts; one process at a time fills its folder."""
+    if (missing := missing_tools(dotnet=dotnet)) is not None:
+        pytest.skip(missing)
+    DEFAULT_FOLDER.parent.mkdir(exist_ok=True)
+    with FileLock(DEFAULT_FOLDER.with_suffix(".lock")):
+        return fetch(dotnet=dotnet)
+
+
 @pytest.fixture(scope="module")
 def toolchain() -> Toolchain:
-    if (missing := missing_tools()) is not None:
-        pytest.skip(missing)
-    return fetch()
+    return fetched()
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +92,21 @@ def test_the_c_surface(cpp: Path, bundles: Path) -> None:
     passes([cpp / "mirror_c_api", bundles])
 
 
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_sanitizers_find_nothing(toolchain: Toolchain, bundles: Path, sanitizers: str) -> None:
+@pytest.fixture(scope="module", params=["address,undefined", "thread"])
+def sanitized(request: pytest.FixtureRequest, toolchain: Toolchain) -> Path:
+    folder = DEFAULT_FOLDER / f"cpp-{request.param.partition(',')[0]}"
+    options = [f"-DMIRROR_SANITIZE={request.param}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O0"]
+    # Sources by the dozen in one unit: much of their compilation is headers. The other build compiles each alone.
+    options += ["-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=12"]
+    return build_cpp(toolchain, folder, *options, targets=("mirror_vectors", "mirror_faults")) / "tests"
+
+
+@pytest.mark.parametrize("program", ["mirror_vectors", "mirror_faults"])
+def test_sanitizers_find_nothing(sanitized: Path, bundles: Path, program: str) -> None:
     """No suppressions: ONNX Runtime itself is not instrumented, and nothing is said of it."""
-    folder = DEFAULT_FOLDER / f"cpp-{sanitizers.partition(',')[0]}"
-    options = [f"-DMIRROR_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O0"]
-    built = build_cpp(toolchain, folder, *options, targets=("mirror_vectors", "mirror_faults")) / "tests"
     halt = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
-    passes([built / "mirror_vectors", FOLDER, bundles], halt)
-    passes([built / "mirror_faults", bundles], halt)
+    arguments = [FOLDER, bundles] if program == "mirror_vectors" else [bundles]
+    passes([sanitized / program, *arguments], halt)
 
 
 def test_hosts_to_be_compared_answer_alike(cpp: Path, bundles: Path) -> None:
@@ -171,9 +185,7 @@ def test_examples_are_short_enough_to_copy() -> None:
 
 @pytest.fixture(scope="module")
 def dotnet(toolchain: Toolchain) -> Toolchain:
-    if (missing := missing_tools(dotnet=True)) is not None:
-        pytest.skip(missing)
-    return fetch(dotnet=True)
+    return fetched(dotnet=True)
 
 
 @pytest.fixture(scope="module")
