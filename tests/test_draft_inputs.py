@@ -193,7 +193,7 @@ def test_a_gpus_draft_adds_noise_to_the_likeliest_tokens(
     assert _chosen(folder, manifest.segments["draft_sampled"], noise) == [tokens[11], unperturbed[1], tokens[3]]
     # The target's draws give noise of their own to the likeliest alone. The bundle is one of before, without the list
     # of tokens, and its weights are linked, which the reader of graphs refuses.
-    monkeypatch.setattr(cut, "HEAD_TOKENS", 2)
+    monkeypatch.setattr(cut, "NOISY_TOKENS", 2)
     (folder / VOCABULARY_FILE).unlink()
     files = {name: facts for name, facts in manifest.files.items() if name != VOCABULARY_FILE}
     write_manifest(folder, dataclasses.replace(manifest, files=files))

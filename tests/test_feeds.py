@@ -17,7 +17,9 @@ def _values(pool: FeedPool, width: int) -> dict[str, np.ndarray]:
 
 def test_every_input_of_the_catalogue_that_a_cursor_gives_is_there_with_its_type() -> None:
     found = _values(FeedPool(CAPACITY, 100), 3)
-    assert set(found) == set(INPUT_NAMES) - {"hidden_states", "logit_rows", "features", "feature_rows"}
+    of_a_model = {"hidden_states", "logit_rows", "features", "feature_rows"}
+    of_a_draw = {"noise", "noise_rows", "inverse_temperature"}
+    assert set(found) == set(INPUT_NAMES) - of_a_model - of_a_draw
     shapes = {name: (str(value.dtype), value.shape) for name, value in found.items()}
     assert shapes == {
         "input_ids": ("int64", (1, 3)),

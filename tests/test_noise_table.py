@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mirror.bundle import NOISE_POSITIONS, read_manifest
+from mirror.bundle import NOISE_POSITIONS, NOISY_TOKENS, read_manifest
 from mirror.errors import DeviceError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft, Meeting
@@ -17,7 +17,7 @@ from mirror.runtime.noise import gumbel, uniforms
 from mirror.runtime.noise_table import NoiseTable
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Mode
-from mirror.runtime.sampling import CoupledNoise
+from mirror.runtime.sampling import HEAD_TOKENS, CoupledNoise
 from mirror.targets.base import Array, Device
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.onnxruntime_session import Memory, make_buffer
@@ -61,6 +61,10 @@ def test_each_position_is_drawn_once_and_lies_in_its_row() -> None:
     assert np.array_equal(table.tensor.numpy()[6], _row(NOISE, 70, tokens))
     noise.draw(NOISE, np.array([66, 67, 70]))
     assert table.log[3:] == [3]
+
+
+def test_as_many_tokens_get_noise_as_in_the_targets_draws() -> None:
+    assert NOISY_TOKENS == HEAD_TOKENS
 
 
 def test_another_answers_noise_takes_the_rows_of_the_last_one() -> None:

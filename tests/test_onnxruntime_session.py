@@ -255,13 +255,17 @@ def test_a_tensor_of_the_same_stream_is_bound_and_another_is_copied(bundle: Path
 def test_a_segment_that_is_fed_anew_computes_the_same(bundle: Path) -> None:
     segment = read_manifest(bundle).segments["draft"]
     graph, results = segment.graphs[Form.ROWS], []
-    for kind in (FedSegment, OnnxRuntimeSegment):
-        session = ort.InferenceSession(bundle / graph.file, providers=["CPUExecutionProvider"])
-        loaded = kind("draft", session, graph, Form.ROWS, Provider("CPUExecutionProvider"))
+    provider = Provider("CPUExecutionProvider")
+    session = ort.InferenceSession(bundle / graph.file, providers=["CPUExecutionProvider"])
+    for loaded in (
+        FedSegment("draft", session, graph, provider, any_slots=False),
+        FedSegment("draft", session, graph, provider, any_slots=True),
+        OnnxRuntimeSegment("draft", session, graph, Form.ROWS, provider),
+    ):
         cache, feeds, tokens = CpuDevice(Form.ROWS).make_cache(segment.kv, CAPACITY), FeedPool(CAPACITY, 100).at(3), []
         for past, ids in ((0, [1, 2, 3]), (3, [4, 5, 6]), (2, [9, 9, 9])):
             feeds.fill_causal(np.array(ids), past)
             outputs = loaded.run({**feeds.tensors, "logit_rows": np.arange(3)}, cache, past)
             tokens.append(np.array(outputs["token_ids"]).tolist())
         results.append((tokens, {name: buffer.array.tolist() for name, buffer in cache.buffers.items()}))
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.convenience as ir_convenience
 from numpy.typing import NDArray
 
-from mirror.bundle import HEAD_TOKENS, NOISE_POSITIONS, Form, LayerKV
+from mirror.bundle import NOISE_POSITIONS, NOISY_TOKENS, Form, LayerKV
 from mirror.export.distilled import ADAPTER_TENSORS, EPSILON_KEY, adapter_name
 from mirror.export.draft_inputs import extend_embedding
 from mirror.export.emit import Emitter
@@ -116,13 +116,13 @@ def trimmed_vocabulary(source: ir.Model) -> NDArray[np.int64] | None:
 def _drawn(emit: Emitter, logits: ir.Value, top: int, vocabulary: ir.Value) -> ir.Value:
     """Return `candidate_ids` by `logit * inverse_temperature + noise`, the noise that of `noise_rows`.
 
-    Only the likeliest `HEAD_TOKENS` take part, as in the target's own draws: the others share one number there.
+    Only the likeliest `NOISY_TOKENS` take part, as in the target's own draws: the others share one number there.
     """
     size = dimension(logits, 2)
     noise = emit.declare("noise", ir.DataType.FLOAT, (NOISE_POSITIONS, size))
     wide = emit.cast(logits, ir.DataType.FLOAT)
     head = {"axis": -1, "sorted": 1}
-    likeliest, places = emit.ops("TopK", [wide, emit.int64s(min(HEAD_TOKENS, size))], head, count=2)
+    likeliest, places = emit.ops("TopK", [wide, emit.int64s(min(NOISY_TOKENS, size))], head, count=2)
     rows = emit.row(emit.op("Gather", [noise, emit.input("noise_rows")], {"axis": 0}))
     scores = emit.op(
         "Add",

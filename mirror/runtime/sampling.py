@@ -13,12 +13,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror.bundle import HEAD_TOKENS
 from mirror.errors import DeviceError, RequestError
 from mirror.runtime.contenders import FLOAT32_SLACK, Peaks, find_peaks, least_of_best
 from mirror.runtime.noise import F64, PICK_TOKEN, TAIL_TOKEN, gumbel, uniforms
 from mirror.runtime.records import Candidates, Floats, Ints
 
+# Kept tokens with a Gumbel of their own; the others share one.
+HEAD_TOKENS = 64
 _FLOAT64_SLACK = 1e-9  # far more than float64 gets wrong in a sum over a vocabulary, as a share of it
 _NO_WEIGHT = -1e3  # a score whose exponential is 0 in float32 and in float64
 _TAIL_AND_PICK = np.array([TAIL_TOKEN, PICK_TOKEN], np.int64)
