@@ -502,7 +502,10 @@ def devices(as_json: bool) -> None:
     "--suffix-device",
     help="Where the target's later layers run, if elsewhere.  [default: the bundle's setting, else the target's]",
 )
-@click.option("--draft-device", help="Where the draft runs.  [default: the bundle's setting, else `cpu`]")
+@click.option(
+    "--draft-device",
+    help="Where the draft runs; cuda:0:0.25 is a quarter of a GPU.  [default: the bundle's setting, else `cpu`]",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads in all.  [default: the physical cores]")
 @click.option(
     "--candidates",

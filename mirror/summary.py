@@ -51,9 +51,13 @@ class Memory:
 
 
 def memory_of(segments: Sequence[SegmentSummary], max_length: int) -> Memory:
-    """Return what some segments take together; the draft's graphs share one cache."""
-    slots = sum(segment.slot_bytes for segment in segments if segment.name not in ("draft_trunk", "draft_sampled"))
-    return Memory(sum(segment.weight_bytes for segment in segments), slots, max_length)
+    """Return what some segments take together; the draft's graphs share one cache.
+
+    The one for drawn answers is left out: only GPUs load it, and what is loaded is checked by itself.
+    """
+    everywhere = [segment for segment in segments if segment.name != "draft_sampled"]
+    slots = sum(segment.slot_bytes for segment in everywhere if segment.name != "draft_trunk")
+    return Memory(sum(segment.weight_bytes for segment in everywhere), slots, max_length)
 
 
 @dataclass(frozen=True)

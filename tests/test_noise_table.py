@@ -18,6 +18,7 @@ from mirror.runtime.noise_table import NoiseTable
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Mode
 from mirror.runtime.sampling import HEAD_TOKENS, CoupledNoise
+from mirror.summary import summarize
 from mirror.targets.base import Array, Device
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.onnxruntime_session import Memory, make_buffer
@@ -145,3 +146,11 @@ def test_a_wide_window_is_left_to_the_host(tmp_path: Path) -> None:
     device = launching(FakeStream(), [])
     needs = memory_needs(folder, manifest, Placement(CpuDevice(), CpuDevice(), device), plan)
     assert "draft_sampled" not in {item.name for items in needs.values() for item in items}
+
+
+def test_a_summary_counts_what_every_device_loads(folder: Path) -> None:
+    found = summarize(folder)
+    weights = {item.name: item.weight_bytes for item in found.segments}
+    assert weights["draft_sampled"] > 0
+    assert found.draft_memory is not None
+    assert found.draft_memory.weight_bytes == weights["draft"] + weights["draft_trunk"]
