@@ -60,6 +60,13 @@ def test_passes_for_fewer_branches_and_those_of_a_proposal_are_loaded_too(bundle
     assert draft_shapes(plan, few=False) == [PassShape(*pair) for pair in [(1, 1), (3, 3), (4, 4), (6, 3), (8, 8)]]
 
 
+def test_a_drafts_cache_has_room_for_the_streams_of_a_proposal(bundle: Path) -> None:
+    plan = planned(bundle, (4, 2, 1, 1, 0, 0, 0, 0), (1,), streams=3)
+    wider = dataclasses.replace(plan, proposal_tokens_per_pass=(1, 4))
+    assert wider.draft_capacity == plan.draft_capacity + 3
+    assert plan.draft_capacity == plan.max_length + plan.rollout_slots
+
+
 def test_a_bundles_limits_belong_to_its_passes(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     settings = Settings(tokens_per_pass=(1,), branches_per_pass=(3, 1), proposal_tokens_per_pass=(1,))

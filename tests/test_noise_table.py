@@ -108,6 +108,27 @@ def test_a_device_guesses_draws_as_the_host_does_and_nothing_waits_between_passe
     assert stream.log[began[1] :].count("spread") == 2  # into the second pass over branches and the third
 
 
+def test_rows_that_passes_under_way_look_at_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The widest window that is drawn for on the device: what is drawn ahead must not come around the ring to it."""
+    gamma = (NOISE_POSITIONS - 2) // 2
+    spec = LookupBundle(MODEL, MODEL, gamma=gamma, kappa=2, max_length=200, samples=True)
+    folder = write_bundle(tmp_path / "b", spec)
+    manifest, drawn = read_manifest(folder), list[int]()
+    options = EngineOptions(candidates=CandidateSource.DRAFT, fanout=(1,) + (0,) * gamma)
+    draft = load_draft(folder, manifest, launching(FakeStream(), []), make_plan(manifest, options, shared_cpu=True))
+    draw = NoiseTable.draw
+    monkeypatch.setattr(
+        NoiseTable, "draw", lambda table, noise, all_: (drawn.extend(all_), draw(table, noise, all_))[1]
+    )
+    first = CONTEXT.size  # the position that both look at first
+    window = np.array([CONTEXT[-1], *draft.propose(CONTEXT, gamma, NOISE).tokens])
+    assert first + gamma < max(drawn) < first + NOISE_POSITIONS
+    drawn.clear()
+    draft.roll_out(CONTEXT, window, gamma, Meeting(), NOISE)
+    assert first == min(drawn)
+    assert first + gamma < max(drawn) < first + NOISE_POSITIONS
+
+
 def test_drawn_texts_are_the_plain_ones_on_a_device_that_adds_the_noise(tmp_path: Path) -> None:
     draft = Lookup(agreeing_table(MODEL.table, 0.8, 2))
     spec = LookupBundle(MODEL, draft, random_table(3, 97, VOCAB), kappa=4, max_length=160, samples=True)

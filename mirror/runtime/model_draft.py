@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -325,16 +326,16 @@ class ModelDraft:
         """
         branches, gives = wanted.shape
         rows = wanted.reshape(-1)
-        sampled = self._segments.sampled if noise is not None else None
-        if noise is not None and sampled is None:
-            candidates = self._candidates(feeds, places, rows, past, fed, noise)
-            return Known(candidates.ids[:, 0].reshape(branches, gives))
-        follow: Mapping[str, Tensor | None] = {"input_ids": tokens.follow(feeds.ids, tokens.count + gives - 1)}
-        if noise is not None and sampled is not None:
-            more = {**follow, **sampled.noise.feeds(noise, places[rows] + 1)}
-            chosen = self._run(sampled.graph, feeds, places, rows, past, fed, more)["token_ids"]
-        else:
-            chosen = self._run(self._segments.branch, feeds, places, rows, past, fed, follow)["token_ids"]
+        graph, sampled, more = self._segments.branch, self._segments.sampled, dict[str, Tensor]()
+        if noise is not None:
+            if sampled is None:
+                candidates = self._candidates(feeds, places, rows, past, fed, noise)
+                return Known(candidates.ids[:, 0].reshape(branches, gives))
+            graph = sampled.graph
+            more |= sampled.noise.feeds(noise, places[rows] + 1)
+        if (follow := tokens.follow(feeds.ids, tokens.count + gives - 1)) is not None:
+            more["input_ids"] = follow
+        chosen = self._run(graph, feeds, places, rows, past, fed, more)["token_ids"]
         if isinstance(chosen, np.ndarray):
             return Known(chosen[0, : rows.size].reshape(branches, gives).copy())
         return Launched(chosen, branches, gives)
@@ -367,10 +368,9 @@ class ModelDraft:
         wanted: Ints,
         past: int,
         fed: int | Ints,
-        more: Mapping[str, Tensor | None] | None = None,
+        more: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Mapping[str, Tensor]:
-        tensors: dict[str, Tensor] = {**feeds.tensors, "logit_rows": wanted}
-        tensors |= {name: tensor for name, tensor in (more or {}).items() if tensor is not None}
+        tensors: dict[str, Tensor] = {**feeds.tensors, "logit_rows": wanted, **more}
         if self._features is not None:
             tensors["features"], tensors["feature_rows"] = self._features.at(places, fed, feeds.width)
         return segment.run(tensors, self._segments.cache, past)

@@ -21,7 +21,7 @@ import onnxruntime as ort
 from mirror.bundle import Form, Graph, LayerKV, TensorSpec, kv_names
 from mirror.errors import DeviceError
 from mirror.targets.base import Array, Fetched, FollowOn, KVCache, LoadRequest, Tensor, to_host
-from mirror.targets.static_shapes import widths_of
+from mirror.targets.static_shapes import BRANCH_MAP, widths_of
 
 # ONNX's element type numbers; numpy has no bfloat16, so those tensors never become arrays.
 _ELEMENT_TYPES = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
@@ -30,7 +30,7 @@ _ITEM_BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2
 # Passes of a binding before one is recorded: they allocate, plan and choose kernels.
 _BEFORE_RECORDING = 2
 
-_TOTAL, _BRANCH_MAP = "total_sequence_length", "slot_branch"
+_TOTAL = "total_sequence_length"
 
 _ALIGNMENT_BYTES = 256  # of each input in a device's staging block, as its own allocator would do
 
@@ -486,7 +486,7 @@ class OnnxRuntimeSegment:
         """Return the total that the binding of a pass is for; 0 where each pass brings its own."""
         if cache is None or _TOTAL not in self._provider.sized_inputs & self._names:
             return 0
-        if _BRANCH_MAP not in self._names:
+        if BRANCH_MAP not in self._names:
             return cache.capacity
         needed = int(to_host(feeds[_TOTAL]))
         return min(-(-needed // _TOTAL_STEP) * _TOTAL_STEP, cache.capacity)

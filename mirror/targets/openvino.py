@@ -19,7 +19,6 @@ from mirror.targets.artefacts import Quantized, Wanted, artefact_stem, compiled_
 from mirror.targets.base import Array, KVCache, LoadRequest, PassShape, RowTable, Tensor, to_host
 from mirror.targets.names import Precision
 from mirror.targets.openvino_settings import (
-    BRANCH_MAP,
     check_precision,
     compile_settings,
     default_precision,
@@ -31,6 +30,7 @@ from mirror.targets.openvino_settings import (
     takes_any_slots,
 )
 from mirror.targets.static_shapes import (
+    BRANCH_MAP,
     PAST_PREFIX,
     PRESENT_PREFIX,
     concrete,

@@ -28,7 +28,6 @@ from mirror.targets.onnxruntime_session import (
     Provider,
 )
 from mirror.targets.openvino_settings import (
-    BRANCH_MAP,
     check_precision,
     compile_settings,
     default_precision,
@@ -39,7 +38,7 @@ from mirror.targets.openvino_settings import (
     takes_any_slots,
 )
 from mirror.targets.shaped_segment import ShapedSegment
-from mirror.targets.static_shapes import past_name
+from mirror.targets.static_shapes import BRANCH_MAP, past_name
 
 PROVIDER = "OpenVINOExecutionProvider"
 _REGISTRATION = "OpenVINO"

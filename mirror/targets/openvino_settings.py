@@ -11,8 +11,7 @@ from mirror.bundle import Form, Graph, Segment
 from mirror.errors import DeviceError
 from mirror.targets.cores import allowed_cpus, may_have_amx
 from mirror.targets.names import Precision
-
-BRANCH_MAP = "slot_branch"
+from mirror.targets.static_shapes import BRANCH_MAP
 
 # Each number of slots is planned anew at its first pass (2 to 10 ms of the default draft), and every slot costs.
 _SLOT_STEP = 256

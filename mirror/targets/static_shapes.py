@@ -13,6 +13,7 @@ from mirror.errors import DeviceError
 from mirror.targets.base import PassShape
 
 PAST_PREFIX = "past_key_values."
+BRANCH_MAP = "slot_branch"
 PRESENT_PREFIX = "present."
 
 
