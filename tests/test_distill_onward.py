@@ -77,6 +77,24 @@ class TestWider:
         assert more.streams is not None
         assert torch.equal(more.streams.weight, had.streams.weight)
 
+    def test_a_smaller_draft_begins_with_the_layers_that_it_keeps(self, first: Path, target: Target) -> None:
+        had = load_student(first / "draft", target)  # of the layers 0 and 5
+        less = make_student(target, (5,), StudentOptions(streams=2))
+        take_up(less, first / "draft", ((0, 5), (5,)))
+        kept, given = had.model.model.layers[1].state_dict(), less.model.model.layers[0].state_dict()
+        assert all(torch.equal(given[name], kept[name]) for name in kept)
+        assert less.streams is not None
+        assert had.streams is not None
+        assert torch.equal(less.streams.weight, had.streams.weight)
+        ids = torch.arange(5, 25)[None]
+        had.model.model.layers = had.model.model.layers[1:]
+        had.model.model.layers[0].self_attn.layer_idx = 0
+        torch.testing.assert_close(less(ids), had(ids), rtol=1e-4, atol=1e-5)
+
+    def test_a_draft_without_any_of_its_layers_is_refused(self, first: Path, target: Target) -> None:
+        with pytest.raises(DraftError, match="has the target's layers 0, 5 and this one has none of them; name some"):
+            take_up(make_student(target, (3,)), first / "draft", ((0, 5), (3,)))
+
     def test_a_wide_draft_does_not_shrink(self, target: Target, tmp_path: Path) -> None:
         save_student(make_student(target, (0, 5), StudentOptions(intermediate=WIDE)), tmp_path)
         with pytest.raises(DraftError, match=r"\(96, 32\) for mlp.gate_proj.weight, this one \(64, 32\); .*at least"):

@@ -212,10 +212,11 @@ def student_of(folder: Path, target: Target, options: StudentOptions) -> Student
 
 
 def take_up(student: Student, folder: Path, sources: tuple[Sequence[int], Sequence[int]]) -> None:
-    """Give a draft the weights of a finished one, whose layers are some of its own.
+    """Give a draft the weights of a finished one, for the layers that both have.
 
-    A layer that the finished draft lacks keeps the target's weights, with its outputs silenced: the
-    draft then computes what the finished one does, and learns from there. So do further inner channels.
+    A layer that the finished draft lacks keeps the target's weights, with its outputs silenced: a draft with all of
+    the finished one's layers then computes what that does, and learns from there. So do further inner channels. One
+    with fewer begins as the finished draft without them.
 
     Args:
         student: made of the target's layers `sources[1]`.
@@ -223,14 +224,14 @@ def take_up(student: Student, folder: Path, sources: tuple[Sequence[int], Sequen
         sources: which layers both started as.
 
     Raises:
-        DraftError: the finished draft has a layer or inner channels that this one lacks, or a new layer can't be
-            silenced.
+        DraftError: they have no layer in common, the finished draft has inner channels that this one lacks, or a new
+            layer can't be silenced.
     """
     had, have = list(sources[0]), list(sources[1])
-    lost = [layer for layer in had if layer not in have]
-    if lost:
+    if not set(had) & set(have):
         raise DraftError(
-            f"the draft in {folder} has the target's layer {lost[0]} and this one hasn't; name it in --draft-layers"
+            f"the draft in {folder} has the target's layers {', '.join(map(str, had))} and this one has none of them; "
+            "name some in --draft-layers, or leave out --start"
         )
     stored = load_tensors(folder / WEIGHTS_FILE)
     layers = decoder_layers(student.model, student.model.config)
