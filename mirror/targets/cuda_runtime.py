@@ -157,7 +157,7 @@ class CudaStream:
     def _part(self, share: float, priority: int) -> PartStream | None:
         _call("cudaFree", None)  # makes the context that the part belongs to
         whole = multiprocessors(self._index)
-        part = None if whole is None else part_stream(self._index, round(share * whole), priority)
+        part = None if whole is None else part_stream(self._index, max(1, round(share * whole)), priority)
         if part is None:
             _LOG.warning("cuda:%d: this driver gives no part of a GPU; draft and target share it whole", self._index)
         return part
