@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ from numpy.typing import NDArray
 
 from mirror.bundle import NOISE_POSITIONS, NOISY_TOKENS, read_manifest
 from mirror.errors import DeviceError
+from mirror.runtime import noise_table
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft, Meeting
 from mirror.runtime.loading import Placement, load_draft, make_plan, memory_needs
+from mirror.runtime.model_draft import ModelDraft
 from mirror.runtime.noise import gumbel, uniforms
 from mirror.runtime.noise_table import NoiseTable
 from mirror.runtime.options import EngineOptions
-from mirror.runtime.records import Mode
+from mirror.runtime.records import Mode, Proposal
 from mirror.runtime.sampling import HEAD_TOKENS, CoupledNoise
 from mirror.summary import summarize
 from mirror.targets.base import Array, Device
@@ -122,11 +125,36 @@ def test_rows_that_passes_under_way_look_at_are_left_alone(tmp_path: Path, monke
     )
     first = CONTEXT.size  # the position that both look at first
     window = np.array([CONTEXT[-1], *draft.propose(CONTEXT, gamma, NOISE).tokens])
-    assert first + gamma < max(drawn) < first + NOISE_POSITIONS
-    drawn.clear()
-    draft.roll_out(CONTEXT, window, gamma, Meeting(), NOISE)
-    assert first == min(drawn)
-    assert first + gamma < max(drawn) < first + NOISE_POSITIONS
+    assert (min(drawn), max(drawn)) == (first, first + gamma - 1)
+    for work in (
+        lambda: draft.roll_out(CONTEXT, window, gamma, Meeting(), NOISE),
+        lambda: draft.draw_ahead(NOISE, first, 2 * NOISE_POSITIONS),
+    ):
+        drawn.clear()
+        work()
+        assert first == min(drawn)
+        assert first + gamma < max(drawn) < first + NOISE_POSITIONS
+
+
+@pytest.mark.parametrize("mode", [Mode.SERIAL, Mode.MIRROR])
+def test_nothing_is_drawn_while_the_target_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
+    spec = LookupBundle(MODEL, Lookup(agreeing_table(MODEL.table, 0.5, 2)), kappa=4, max_length=160, samples=True)
+    folder, drawn, proposing = write_bundle(tmp_path / "b", spec), list[bool](), [False]
+    propose = ModelDraft.propose
+
+    def noted(*given: Any) -> Proposal:
+        proposing[0] = True
+        found = propose(*given)
+        proposing[0] = False
+        return found
+
+    monkeypatch.setattr(ModelDraft, "propose", noted)
+    monkeypatch.setattr(noise_table, "gumbel", lambda values: (drawn.append(proposing[0]), gumbel(values))[1])
+    with open_engine(folder, EngineOptions(mode=mode), draft=launching(FakeStream(), [])) as engine:
+        result = engine.generate_tokens([1, 2, 3], max_new_tokens=60, temperature=0.9, seed=5)
+    assert sum(item.accepted for item in result.rounds) > 0
+    assert drawn
+    assert not any(drawn)
 
 
 def test_drawn_texts_are_the_plain_ones_on_a_device_that_adds_the_noise(tmp_path: Path) -> None:

@@ -85,6 +85,13 @@ class Draft(Protocol):
         """Read a context ahead of time, as during the target's prefill."""
         ...
 
+    def draw_ahead(self, noise: CoupledNoise, position: int, count: int) -> None:
+        """Draw the noise of the tokens at positions `position..position + count - 1`, while nobody waits for it.
+
+        Passes draw what they lack themselves.
+        """
+        ...
+
     def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal:
         """Return at most `count` tokens to follow the context.
 

@@ -101,7 +101,7 @@ class Generation:
         self._draft_spans: list[Span] = []
         self._prepared: tuple[int, ...] | None = None
         self._ahead: Logits | None = None  # of the next round's pass
-        self._reading: Job[None] | None = None
+        self._earlier: list[Job[None]] = []  # the draft's, that nobody has waited for yet
         self.finish_reason: FinishReason | None = None
         self.rounds: list[Round] = []
         self.events: list[Event] = []
@@ -127,6 +127,9 @@ class Generation:
         # Launching comes first where it is all that there is to do: the draft has the whole prefix to read the window.
         state = self._run_prefix(window) if self._target.launches and self._ahead is None else None
         overlap = self._start_rollout(window)
+        if self._mode is Mode.SERIAL:
+            # All that the next window's draft may look at, while the target works.
+            self._draw_ahead(first, 2 * self._shape.gamma + 1)
         outcome = self._verify(window, overlap, state)
         committed = self._commit((*window[1 : outcome.accepted + 1].tolist(), outcome.next_token))
         self._sequence.cached = first + outcome.accepted
@@ -155,18 +158,29 @@ class Generation:
             if reads:
                 draft.read(tokens)
 
-        self._reading = self._seat.start(read)
+        self._earlier.append(self._seat.start(read))
         if self._mode is Mode.SERIAL:
-            self._wait_reading()
+            self._wait_earlier("draft_prefill_wait")
+        # What the first proposal looks at; the prompt's passes leave the time.
+        self._draw_ahead(len(tokens) + 1, self._shape.gamma)
 
-    def _wait_reading(self) -> None:
-        if self._reading is not None and self._seat is not None:
-            job, self._reading = self._reading, None
-            try:
-                with self._log.span("draft_prefill_wait"):
+    def _draw_ahead(self, position: int, count: int) -> None:
+        """Let the draft draw noise from a position on, behind what it is doing."""
+        if self._noise is not None and self._seat is not None and self._mode is not Mode.PLAIN:
+            noise = self._noise
+            self._earlier.append(self._seat.start(lambda draft: draft.draw_ahead(noise, position, count)))
+
+    def _wait_earlier(self, span: str) -> None:
+        """Wait for what the draft was given to do besides; it is lost if it failed at that."""
+        jobs, self._earlier = self._earlier, []
+        if not jobs or self._seat is None:
+            return
+        try:
+            with self._log.span(span):
+                for job in jobs:
                     self._seat.finish(job)
-            except DraftError as error:
-                self._lose_draft(error)
+        except DraftError as error:
+            self._lose_draft(error)
 
     def _prefill(self) -> tuple[int, ...]:
         """Run the prompt and commit its first answer token; nothing if cancelled on the way."""
@@ -203,7 +217,7 @@ class Generation:
 
     def _redraft(self, count: int) -> tuple[int, ...]:
         """Return a proposal made while the target waits."""
-        self._wait_reading()
+        self._wait_earlier("draft_prefill_wait" if not self.rounds else "redraft")
         if self._mode is Mode.PLAIN or self._seat is None:
             return ()
         tokens, states = self._sequence.tokens, self._take_states()

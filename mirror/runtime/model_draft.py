@@ -116,6 +116,11 @@ class ModelDraft:
         with self._log.span("draft_prefill"):
             self._advance(tokens, 1, None)
 
+    def draw_ahead(self, noise: CoupledNoise, position: int, count: int) -> None:
+        """Draw noise into the device's table, if there is one, whose ring bounds how far ahead."""
+        if self._segments.sampled is not None:
+            self._segments.sampled.noise.draw(noise, position + np.arange(min(count, NOISE_POSITIONS)))
+
     def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal:
         """Draft pass after pass, the likeliest token each time."""
         # A context read ahead of time would have no logits left; its last row is run again.
@@ -126,7 +131,6 @@ class ModelDraft:
             for item in others:
                 width = fit_width(self._segments.branch.widths, item.rows)
                 guesses.append(self._step(guesses[-1], item.gives, width, noise).fetch())
-            self._draw_ahead(noise, tokens.shape[0], count)
             proposed = np.concatenate([guess.tokens()[0] for guess in guesses])
         return Proposal(self._known_tokens(proposed), self._log.take())
 
@@ -175,12 +179,6 @@ class ModelDraft:
         branches = choose_branches(window, sources, self._fanout)
         # One that the first pass leaves out would propose nothing, where a proposal made anew may.
         return likeliest(branches, self._fanout, branches_at(0, len(branches), self._shape.branches_per_pass))
-
-    def _draw_ahead(self, noise: CoupledNoise | None, position: int, depth: int) -> None:
-        """While passes run that look at the noise from a position on: draw what the next rounds' will look at."""
-        if noise is not None and self._segments.sampled is not None:
-            ahead = position + 1 + np.arange(min(3 * depth + 2, NOISE_POSITIONS - 1))
-            self._segments.sampled.noise.draw(noise, ahead)
 
     # Passes over the trunk.
 
@@ -255,7 +253,9 @@ class ModelDraft:
             given.append((rows, tokens))
             read += item.real
         self._pool.slot_branch[first_slot:slot] = NO_BRANCH
-        self._draw_ahead(noise, base + 1, depth)
+        if noise is not None:
+            # As far as the next round's rollout may look, while this one's passes run.
+            self.draw_ahead(noise, base + 1, 3 * (depth + 1))
         # Where passes are only launched, this is the first wait since the branches were chosen.
         for rows, guess in given:
             start = lengths[rows[0]]

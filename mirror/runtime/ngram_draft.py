@@ -41,6 +41,9 @@ class NgramDraft:
         with self._log.span("draft_prefill"):
             self._extend(tokens[len(self._read) :].tolist())
 
+    def draw_ahead(self, noise: CoupledNoise, position: int, count: int) -> None:
+        """Need no noise: what followed before is no guess at odds."""
+
     def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal:
         """Return what followed the context's last tokens before; empty if they are new."""
         with self._log.span("propose"):
