@@ -299,8 +299,9 @@ def test_a_truncated_artefact_is_named_at_loading(bundle: Path) -> None:
 
 @needs_openvino
 def test_openvino_artefacts_are_picked_up_and_kept(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert len(compile_for(bundle, "openvino:CPU").made) == 3
-    assert len(compile_for(bundle, "openvino:CPU").kept) == 3
+    # The window's, and that of all branches, which is narrow enough for one branch too.
+    assert len(compile_for(bundle, "openvino:CPU").made) == 2
+    assert len(compile_for(bundle, "openvino:CPU").kept) == 2
     # A program that isn't one shows that it is what loading takes.
     item = read_manifest(bundle).segments["draft_trunk"].compiled[0]
     (bundle / item.file).write_bytes(b"no program")

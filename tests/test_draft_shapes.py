@@ -41,23 +41,32 @@ def planned(bundle: Path, fanout: tuple[int, ...], tokens_per_pass: tuple[int, .
 def test_narrow_passes_use_the_wide_ones_programs(bundle: Path) -> None:
     plan = planned(bundle, (4, 2, 1, 1, 0, 0, 0, 0), (1, 2, 4), streams=3)
     wide = [PassShape(8, 8), PassShape(16, 16), PassShape(40, 32)]
-    assert draft_shapes(plan, few=True) == wide
-    assert draft_shapes(plan, few=False) == [PassShape(1, 1), PassShape(2, 2), PassShape(5, 4), *wide]
+    assert draft_shapes(plan, 64) == wide
+    assert draft_shapes(plan, 1) == [PassShape(1, 1), PassShape(2, 2), PassShape(5, 4), *wide]
+
+
+def test_narrow_passes_share_the_widest_ones_program(bundle: Path) -> None:
+    plan = planned(bundle, (4, 4, 4, 1, 1, 1, 1, 0), (1, 2, 4), streams=3)
+    wide = [PassShape(16, 16), PassShape(32, 32), PassShape(80, 64)]
+    assert draft_shapes(plan, 8) == [PassShape(5, 4), *wide]
+    assert draft_shapes(plan, 4) == [PassShape(2, 2), PassShape(5, 4), *wide]
+    one = planned(bundle, (8, 4, 2, 2, 1, 1, 1, 1), (4, 1), streams=3)
+    assert PassShape(1, 1) not in draft_shapes(one, 8)
 
 
 def test_a_pass_keeps_its_own_program_where_no_other_serves_it(bundle: Path) -> None:
     many = planned(bundle, (23, 23, 23), (1,))
-    assert draft_shapes(many, few=True) == [PassShape(1, 1), PassShape(69, 69)], "padding to 69 rows is no bargain"
+    assert draft_shapes(many, 64) == [PassShape(1, 1), PassShape(69, 69)], "padding to 69 rows is no bargain"
     alone = planned(bundle, (1, 0, 0), (1,))
-    assert draft_shapes(alone, few=True) == draft_shapes(alone, few=False) == [PassShape(1, 1)]
+    assert draft_shapes(alone, 64) == draft_shapes(alone, 1) == [PassShape(1, 1)]
     few_logits = planned(bundle, (2, *[0] * 11), (4, 2, 1, 4), streams=3)
-    assert PassShape(4, 4) in draft_shapes(few_logits, few=True), "the wider (4, 2) has two logits, this wants four"
+    assert PassShape(4, 4) in draft_shapes(few_logits, 64), "the wider (4, 2) has two logits, this wants four"
 
 
 def test_passes_for_fewer_branches_and_those_of_a_proposal_are_loaded_too(bundle: Path) -> None:
     plan = planned(bundle, (4, 2, 1, 1, 0, 0, 0, 0), (1,), streams=3)
     plan = dataclasses.replace(plan, branches_per_pass=(8, 8, 3), proposal_tokens_per_pass=(4,))
-    assert draft_shapes(plan, few=False) == [PassShape(*pair) for pair in [(1, 1), (3, 3), (4, 4), (6, 3), (8, 8)]]
+    assert draft_shapes(plan, 1) == [PassShape(*pair) for pair in [(1, 1), (3, 3), (4, 4), (6, 3), (8, 8)]]
 
 
 def test_a_drafts_cache_has_room_for_the_streams_of_a_proposal(bundle: Path) -> None:
@@ -92,10 +101,13 @@ def test_passes_that_can_not_be_are_refused(bundle: Path, options: dict[str, tup
 
 @pytest.mark.parametrize("tokens_per_pass", [(1,), (1, 2, 4), (4,), (2, 1)])
 @pytest.mark.parametrize("branches", [1, 2, 3, 8, 40])
-def test_a_padded_pass_finds_room_in_the_cache(bundle: Path, tokens_per_pass: tuple[int, ...], branches: int) -> None:
+@pytest.mark.parametrize("padded_width", [8, 64])
+def test_a_padded_pass_finds_room_in_the_cache(
+    bundle: Path, tokens_per_pass: tuple[int, ...], branches: int, padded_width: int
+) -> None:
     """One branch goes on in programs of all of them; its padded rows take no more slots than theirs would."""
     plan = planned(bundle, (branches, 0, 0, 0, 0, 0, 0, 0), tokens_per_pass, streams=3)
-    shapes = draft_shapes(plan, few=True)
+    shapes = draft_shapes(plan, padded_width)
     passes = branch_passes(plan.tokens_per_pass, plan.gamma)
     taken = [min(shape.width for shape in shapes if shape.width >= item.rows) for item in passes]
     assert all(width <= branches * item.rows for width, item in zip(taken, passes, strict=True))
@@ -106,7 +118,7 @@ def test_a_padded_pass_finds_room_in_the_cache(bundle: Path, tokens_per_pass: tu
 class _Choosy(OnnxRuntimeDevice):
     """The CPU, taking the widths that it was loaded for and no others, and as few as possible."""
 
-    few_shapes = True
+    padded_width = 64
 
     def __init__(self) -> None:
         super().__init__("cpu", Provider("CPUExecutionProvider", fixed_widths=True))
@@ -125,7 +137,7 @@ def test_the_text_is_the_same_with_few_shapes(bundle: Path, temperature: float) 
             engine.generate_tokens(prompt, max_new_tokens=40, temperature=temperature, seed=5, mode=mode)
             for mode in ("mirror", "plain")
         )
-        shapes = draft_shapes(engine.plan, few=True)
+        shapes = draft_shapes(engine.plan, 64)
     assert device.asked == {"draft": set(shapes), "draft_trunk": {PassShape(engine.plan.gamma + 1), *shapes}}
     assert len(shapes) == 1, "one branch has no pass of its own"
     assert found.tokens == plain.tokens

@@ -125,7 +125,7 @@ class _Narrow(WatchedDevice):
     An emulator takes longer the more rows a pass has, padded ones too.
     """
 
-    few_shapes = False
+    padded_width = 1
 
     def load_segment(self, request: LoadRequest) -> WatchedSegment:
         """Load a segment for the narrow ones of its passes."""

@@ -112,9 +112,9 @@ class _Recorder:
         return Form.ROWS
 
     @property
-    def few_shapes(self) -> bool:
+    def padded_width(self) -> int:
         """As the device that will load them."""
-        return self._compiler.few_shapes
+        return self._compiler.padded_width
 
     @property
     def launches(self) -> bool:

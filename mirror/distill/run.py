@@ -65,12 +65,12 @@ class DistillOptions:
     layers the draft starts as; None for four of them, () for no draft. `draft_model`: a small model with the
     target's tokenizer to start from instead. `streams`: speculative streams of the draft. `feature_layer`: the exit
     layer whose state feeds the draft; None for none. `adapter_sizes`: the inner width of the exit heads, one for all
-    or one for each. `start`: a finished training for the same target to go on from; its exit heads may grow, and its
-    draft by layers and inner channels. `draft_intermediate`: inner channels of the draft's feed-forward parts, at
-    least the target's; None for those. `frozen_exit_heads`: take the exit heads of `start` over as they are, at no
-    cost. `vocabulary_coverage`: the share of held-out answer tokens that the suggested trimmed vocabulary has to
-    hold. `int8`: store matrices as 8-bit integers. `device`: None for CUDA where there is one. `cache`: where corpora
-    are kept; None for a folder beside the output.
+    or one for each. `start`: a finished training for the same target to go on from; its exit heads may grow, its draft
+    by inner channels and by layers, of which it may also leave some out. `draft_intermediate`: inner channels of the
+    draft's feed-forward parts, at least the target's; None for those. `frozen_exit_heads`: take the exit heads of
+    `start` over as they are, at no cost. `vocabulary_coverage`: the share of held-out answer tokens that the suggested
+    trimmed vocabulary has to hold. `int8`: store matrices as 8-bit integers. `device`: None for CUDA where there is
+    one. `cache`: where corpora are kept; None for a folder beside the output.
     """
 
     exit_layers: tuple[int, ...] | None = None

@@ -161,8 +161,9 @@ class Generation:
         self._earlier.append(self._seat.start(read))
         if self._mode is Mode.SERIAL:
             self._wait_earlier("draft_prefill_wait")
-        # What the first proposal looks at; the prompt's passes leave the time.
-        self._draw_ahead(len(tokens) + 1, self._shape.gamma)
+        # What the first proposal looks at, and the first rollout; the prompt's passes leave the time.
+        gamma = self._shape.gamma
+        self._draw_ahead(len(tokens) + 1, gamma if self._mode is Mode.SERIAL else 2 * gamma + 1)
 
     def _draw_ahead(self, position: int, count: int) -> None:
         """Let the draft draw noise from a position on, behind what it is doing."""

@@ -25,9 +25,6 @@ from mirror.runtime.target import Target, TargetSegments
 from mirror.runtime.threads import physical_cores, split_threads
 from mirror.targets.base import Device, LoadRequest, PassShape
 
-# Up to so many rows an NPU takes little longer than for one: it waits for its weights, and multiplies in tiles.
-_PADDED_WIDTH = 64
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -270,7 +267,7 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
         branches_per_pass=plan.branches_per_pass,
         proposal_tokens_per_pass=plan.proposal_tokens_per_pass,
     )
-    threads, window, steps = plan.draft_threads, [PassShape(plan.gamma + 1)], draft_shapes(plan, few=device.few_shapes)
+    threads, window, steps = plan.draft_threads, [PassShape(plan.gamma + 1)], draft_shapes(plan, device.padded_width)
     segments = DraftSegments(
         device.load_segment(LoadRequest(folder, trunk, window, capacity, threads, later=steps)),
         device.load_segment(LoadRequest(folder, branch, steps, capacity, threads)),
@@ -300,26 +297,30 @@ def _sampled(
     )
 
 
-def draft_shapes(plan: Plan, *, few: bool) -> list[PassShape]:
+def draft_shapes(plan: Plan, padded_width: int) -> list[PassShape]:
     """Return the passes of a rollout and of a proposal, ascending: all branches', and one branch's.
 
     Args:
-        few: leave out one branch's where the program of all branches', padded, serves it as well.
+        padded_width: leave out one branch's where another pass's program of at most this width, padded, serves it.
     """
-    whole, single = set(), set()
+    whole, single = set[PassShape](), set[PassShape]()
     for number, item in enumerate(branch_passes(plan.tokens_per_pass, plan.gamma)):
         count = branches_at(number, plan.branches, plan.branches_per_pass)
         whole.add(PassShape(count * item.rows, count * item.gives))
         single.add(PassShape(item.rows, item.gives))
     single |= {PassShape(item.rows, item.gives) for item in branch_passes(plan.proposal_tokens_per_pass, plan.gamma)}
-    return sorted(whole | {shape for shape in single if not (few and _is_covered(shape, whole))})
+    kept = whole | single
+    for shape in sorted(single - whole):
+        if _is_covered(shape, kept - {shape}, padded_width):
+            kept.remove(shape)
+    return sorted(kept)
 
 
-def _is_covered(narrow: PassShape, shapes: Collection[PassShape]) -> bool:
+def _is_covered(narrow: PassShape, shapes: Collection[PassShape], padded_width: int) -> bool:
     """Return whether the least width that holds a pass gives the logits that it wants, and costs no more."""
-    width = min((shape.width for shape in shapes if shape.width >= narrow.width), default=_PADDED_WIDTH + 1)
+    width = min((shape.width for shape in shapes if shape.width >= narrow.width), default=padded_width + 1)
     enough = any(shape.width == width and shape.rows >= narrow.rows for shape in shapes)
-    return enough and width <= _PADDED_WIDTH
+    return enough and width <= padded_width
 
 
 def _features(manifest: Manifest, facts: DraftFacts, device: Device, plan: Plan) -> FeatureStore | None:

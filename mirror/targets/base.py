@@ -228,8 +228,11 @@ class Device(Protocol):
         ...
 
     @property
-    def few_shapes(self) -> bool:
-        """Whether each shape is a program so slow to make that narrow passes should use a wider one's."""
+    def padded_width(self) -> int:
+        """Rows up to which a draft's pass takes little longer than for one: they are padded to share a program.
+
+        1 where a session takes every shape.
+        """
         ...
 
     def load_segment(self, request: LoadRequest) -> LoadedSegment:
@@ -267,7 +270,7 @@ class AheadCompiler(Protocol):
         ...
 
     @property
-    def few_shapes(self) -> bool:
+    def padded_width(self) -> int:
         """As the device's."""
         ...
 

@@ -592,9 +592,9 @@ class OnnxRuntimeDevice:
         return self._form
 
     @property
-    def few_shapes(self) -> bool:
+    def padded_width(self) -> int:
         """A session takes every shape."""
-        return False
+        return 1
 
     def load_segment(self, request: LoadRequest) -> OnnxRuntimeSegment:
         """Load a segment; see `base.Device.load_segment`.

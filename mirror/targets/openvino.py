@@ -24,6 +24,7 @@ from mirror.targets.openvino_settings import (
     default_precision,
     kernel_cache,
     least_threads,
+    padded_width,
     rows_graph,
     settle_precision,
     slots_for,
@@ -360,9 +361,9 @@ class OpenVinoDevice:
         return Form.ROWS
 
     @property
-    def few_shapes(self) -> bool:
-        """An NPU's compiler takes seconds a shape; a CPU's and a GPU's programs of free width take any."""
-        return self._unit == "NPU"
+    def padded_width(self) -> int:
+        """See `openvino_settings.padded_width`."""
+        return padded_width(self._unit)
 
     def load_segment(self, request: LoadRequest) -> OpenVinoSegment:
         """Load a segment; see `base.Device.load_segment`.

@@ -32,6 +32,7 @@ from mirror.targets.openvino_settings import (
     compile_settings,
     default_precision,
     kernel_cache,
+    padded_width,
     rows_graph,
     settle_precision,
     slots_for,
@@ -97,9 +98,9 @@ class OpenVinoPluginDevice(OnnxRuntimeDevice):
         self._device = device
 
     @property
-    def few_shapes(self) -> bool:
-        """An NPU's compiler takes seconds a shape."""
-        return self._unit == "NPU"
+    def padded_width(self) -> int:
+        """See `openvino_settings.padded_width`."""
+        return padded_width(self._unit)
 
     def load_segment(self, request: LoadRequest) -> ShapedSegment:  # type: ignore[override]  # any LoadedSegment serves
         """Load a segment; see `base.Device.load_segment`.

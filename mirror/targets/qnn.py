@@ -28,6 +28,7 @@ from mirror.targets.onnxruntime_session import OnnxRuntimeDevice, OnnxRuntimeSeg
 from mirror.targets.openvino_settings import rows_graph
 from mirror.targets.qnn_refusal import refused_nodes, sentence
 from mirror.targets.shaped_segment import ShapedSegment
+from mirror.targets.static_shapes import NPU_ROWS
 from mirror.targets.survey import INSTALL_QNN
 
 _LOG = logging.getLogger("mirror")
@@ -56,9 +57,9 @@ class QnnDevice(OnnxRuntimeDevice):
         return _compiled_for(self.chip)
 
     @property
-    def few_shapes(self) -> bool:
+    def padded_width(self) -> int:
         """Each shape takes seconds, and an artefact that holds all weights."""
-        return True
+        return NPU_ROWS
 
     def load_segment(self, request: LoadRequest) -> ShapedSegment:  # type: ignore[override]  # any LoadedSegment serves
         """Load a segment; see `base.Device.load_segment`.

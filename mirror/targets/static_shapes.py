@@ -15,6 +15,8 @@ from mirror.targets.base import PassShape
 PAST_PREFIX = "past_key_values."
 BRANCH_MAP = "slot_branch"
 PRESENT_PREFIX = "present."
+# Up to so many rows an NPU takes little longer than for one: it waits for its weights, and multiplies in tiles.
+NPU_ROWS = 64
 
 
 def first_shapes(graph: Graph, shapes: Iterable[PassShape]) -> tuple[PassShape, ...]:

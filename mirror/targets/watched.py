@@ -82,9 +82,9 @@ class OuterDevice:
         return self._inner.form
 
     @property
-    def few_shapes(self) -> bool:
+    def padded_width(self) -> int:
         """The inner device's."""
-        return self._inner.few_shapes
+        return self._inner.padded_width
 
     def load_segment(self, request: LoadRequest) -> LoadedSegment:
         """Load a segment on the inner device."""

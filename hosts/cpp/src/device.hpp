@@ -101,6 +101,9 @@ class Device {
   // The cache form of the graphs that it takes.
   virtual Form form() const = 0;
   virtual FreeMemory free_memory() const { return host_memory_left(); }
+  // Rows up to which a draft's pass takes little longer than for one: they are padded to share what is compiled.
+  // 1 where any width runs as it is.
+  virtual int padded_width() const { return 1; }
   // Passes that were recorded and are replayed, so far.
   virtual int recorded_passes() const { return 0; }
   // `capacity`: slots of its cache. `shapes`: the passes it will be asked for; a device that compiles

@@ -139,16 +139,36 @@ void require_output(const SegmentFacts& facts, const char* name) {
       throw Error(ErrorKind::bundle, facts.name + " has no output " + name + "; export the bundle again");
 }
 
-// The passes of a proposal and of a rollout: one branch's, and those of all that take part.
-std::vector<PassShape> draft_shapes(const Plan& plan) {
-  std::set<PassShape> shapes;
+// Whether the least width of some shapes that holds a narrow pass gives the logits that it wants, and costs no more.
+bool is_covered(const PassShape& narrow, const std::set<PassShape>& shapes, int padded_width) {
+  int width = 0;  // the least one, once there is one
+  for (const PassShape& shape : shapes) {
+    const bool itself = shape.width == narrow.width && shape.rows == narrow.rows;
+    if (itself || shape.width < narrow.width) continue;
+    if (width == 0) width = shape.width;
+    if (shape.width != width || width > padded_width) return false;
+    if (shape.rows >= narrow.rows) return true;
+  }
+  return false;
+}
+
+// The passes of a proposal and of a rollout: one branch's, and those of all that take part. One branch's is left out
+// where another's program of at most `padded_width`, padded, serves it.
+std::vector<PassShape> draft_shapes(const Plan& plan, int padded_width) {
+  std::set<PassShape> whole, single;
   std::size_t number = 0;
-  for (const BranchPass& pass : branch_passes(plan.tokens_per_pass, plan.gamma))
-    for (const int count : {1, branches_at(number++, plan.branches(), plan.branches_per_pass)})
-      shapes.insert({count * pass.rows(), count * pass.gives});
+  for (const BranchPass& pass : branch_passes(plan.tokens_per_pass, plan.gamma)) {
+    const int count = branches_at(number++, plan.branches(), plan.branches_per_pass);
+    whole.insert({count * pass.rows(), count * pass.gives});
+    single.insert({pass.rows(), pass.gives});
+  }
   for (const BranchPass& pass : branch_passes(plan.proposal_tokens_per_pass, plan.gamma))
-    shapes.insert({pass.rows(), pass.gives});
-  return {shapes.begin(), shapes.end()};
+    single.insert({pass.rows(), pass.gives});
+  std::set<PassShape> kept = whole;
+  kept.insert(single.begin(), single.end());
+  for (const PassShape& shape : single)
+    if (whole.count(shape) == 0 && is_covered(shape, kept, padded_width)) kept.erase(shape);
+  return {kept.begin(), kept.end()};
 }
 
 // The bytes of one row of the features that feed the draft, 0 for a draft of tokens alone.
@@ -293,7 +313,7 @@ std::unique_ptr<Draft> load_draft(const std::filesystem::path& folder, const Man
   for (const char* name : {"candidate_ids", "candidate_logprobs"}) require_output(trunk, name);
   require_output(branch, "token_ids");
   const int capacity = plan.draft_capacity();
-  const auto steps = draft_shapes(plan);
+  const auto steps = draft_shapes(plan, device.padded_width());
   DraftShape shape{capacity,
                    manifest.model.max_positions,
                    manifest.draft->vocab_size,

@@ -24,6 +24,8 @@ struct Provider {
   int index = 0;
   // Whether a session is compiled for each pass shape; else one session takes them all.
   bool compiles = false;
+  // Rows up to which a draft's pass takes little longer than for one: they are padded to share a session.
+  int padded_width = 1;
   // Whether it takes the widths that it was loaded for and no others.
   bool fixed_widths = false;
   // Whether its sessions read and write buffers that are bound once, as ONNX Runtime's own providers do.

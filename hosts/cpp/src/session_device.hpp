@@ -21,6 +21,7 @@ class SessionDevice final : public Device {
   FreeMemory free_memory() const override {
     return provider_.free_memory ? provider_.free_memory() : host_memory_left();
   }
+  int padded_width() const override { return provider_.padded_width; }
   int recorded_passes() const override { return provider_.stream ? provider_.stream->recorded.load() : 0; }
 
   // Its segment may outlive it.
