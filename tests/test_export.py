@@ -103,6 +103,16 @@ def test_converted_weights_are_written_once(tmp_path: Path, llama: Path) -> None
     assert stored * 2 <= size < stored * 2 + pages
 
 
+def test_rotary_tables_take_the_type_of_what_they_turn(tmp_path: Path) -> None:
+    """OLMo 2 turns queries by float32 tables, whatever type they have; the operator wants one type."""
+    checkpoint = make_checkpoint("olmo2", tmp_path / "olmo2")
+    report = export_bundle(str(checkpoint), tmp_path / "bundle", dataclasses.replace(OPTIONS, precision="fp16"))
+    assert report.check.skipped is None
+    graph = ir.load(tmp_path / "bundle" / "target_prefix.onnx").graph
+    turns = [node for node in graph if node.op_type == "RotaryEmbedding"]
+    assert {value.dtype for node in turns for value in (node.inputs[0], *node.inputs[2:4])} == {ir.DataType.FLOAT16}
+
+
 def test_bf16_is_written_though_no_cpu_runtime_computes_it(tmp_path: Path, llama: Path) -> None:
     report = export_bundle(str(llama), tmp_path / "bundle", dataclasses.replace(OPTIONS, precision="bf16"))
     assert report.check.skipped is not None

@@ -339,7 +339,9 @@ def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
         if interleaved is None or args or kwargs or cos.dim() != 3 or q.dim() != 4 or not (whole or partial):
             return original(q, k, cos, sin, *args, **kwargs)
         attributes = {"interleaved": int(interleaved)}
-        return tuple(_operator("Rotary", (part, cos, sin), attributes, part) for part in (q, k))
+        # Some models hand over float32 tables for any query; the operator wants one type.
+        tables = (cos.to(q.dtype), sin.to(q.dtype))
+        return tuple(_operator("Rotary", (part, *tables), attributes, part) for part in (q, k))
 
     return apply
 

@@ -8,7 +8,6 @@ shapes, tensors and requests; what to compile for is decided in `static_shapes`.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from mirror.errors import DeviceError
 from mirror.targets.artefacts import Quantized, Wanted, artefact_stem, compiled_for, graph_sha256
 from mirror.targets.base import Array, KVCache, LoadRequest, PassShape, RowTable, Tensor, to_host
 from mirror.targets.names import Precision
+from mirror.targets.openvino_model import read_model
+from mirror.targets.openvino_package import ov
 from mirror.targets.openvino_settings import (
     check_precision,
     compile_settings,
@@ -32,7 +33,6 @@ from mirror.targets.openvino_settings import (
 )
 from mirror.targets.static_shapes import (
     BRANCH_MAP,
-    PAST_PREFIX,
     PRESENT_PREFIX,
     concrete,
     covering_shape,
@@ -45,25 +45,6 @@ from mirror.targets.static_shapes import (
 )
 from mirror.targets.survey import no_such_unit, virtual_npus
 
-
-def _import_quietly() -> Any:
-    """Return the openvino module, imported without the usage report that its import sends.
-
-    The report goes through the module `openvino_telemetry`; without it, openvino has a stub.
-    """
-    reporter = "openvino_telemetry"
-    before = sys.modules.get(reporter)
-    sys.modules[reporter] = None  # type: ignore[assignment]  # None makes its import fail
-    try:
-        import openvino
-    finally:
-        del sys.modules[reporter]
-        if before is not None:
-            sys.modules[reporter] = before
-    return openvino
-
-
-ov = _import_quietly()
 _LOG = logging.getLogger("mirror")
 
 _ELEMENT_TYPES = {
@@ -318,8 +299,7 @@ class _Compiler:
 
     def _read(self) -> Any:
         try:
-            model = self._core.read_model(self._path)
-            return model if self._cache_type is None else _keeping_cache_in(model, self._cache_type)
+            return read_model(self._core, self._path, self._unit, self._cache_type)
         except RuntimeError as error:
             raise DeviceError(f"OpenVINO can't read {self._path.name}: {_plain(error)}") from error
 
@@ -524,18 +504,6 @@ def device_memory_bytes(unit: str) -> int | None:
     if not {unit, f"{unit}.0"} & set(core.available_devices):
         return None
     return int(core.get_property(unit, "GPU_DEVICE_TOTAL_MEM_SIZE"))
-
-
-def _keeping_cache_in(model: Any, element_type: Any) -> Any:
-    """Return a model whose cache goes in and out in another type, an `ov.Type`."""
-    edges = ov.preprocess.PrePostProcessor(model)
-    for port in model.inputs:
-        if port.get_any_name().startswith(PAST_PREFIX):
-            edges.input(port.get_any_name()).tensor().set_element_type(element_type)
-    for port in model.outputs:
-        if port.get_any_name().startswith(PRESENT_PREFIX):
-            edges.output(port.get_any_name()).tensor().set_element_type(element_type)
-    return edges.build()
 
 
 def _bound_buffer(request: Any, spec: TensorSpec, sizes: Mapping[str, int], cache_type: Any = None) -> Array:
