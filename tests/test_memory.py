@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,23 @@ from onnx import TensorProto, helper, numpy_helper
 import mirror
 from mirror.bundle import Form, LayerKV, read_manifest
 from mirror.errors import DeviceError
-from mirror.runtime.memory import SegmentMemory, check_room, segment_memory, slot_bytes, weight_bytes
-from mirror.targets import free_memory
-from mirror.targets.base import FreeMemory
+from mirror.runtime.graph_count import stored_weights
+from mirror.runtime.loading import Placement, draft_shapes, make_plan, memory_needs
+from mirror.runtime.memory import SegmentMemory, check_room, segment_memory, slot_bytes
+from mirror.runtime.options import EngineOptions
+from mirror.runtime.records import Mode
+from mirror.targets import free_memory, open_device
+from mirror.targets.base import FreeMemory, PassShape, StoredWeights
+from mirror.targets.cpu import CpuDevice
 from mirror.targets.memory import HOST, _cgroup_bytes, _meminfo_bytes
+from mirror.targets.names import Precision
+from mirror.targets.openvino_settings import held_bytes
 from tests.lookup import Lookup, LookupBundle, agreeing_table, random_table, write_bundle
 
 GIB = 2**30
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason='needs openvino: pip install "mirror-sd[openvino]"'
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +47,60 @@ def test_weights_inside_and_outside_of_a_file_are_counted(tmp_path: Path) -> Non
         outside.external_data.add(key=key, value=value)
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "graph", [], [], [inside, outside])
     onnx.save(helper.make_model(graph, doc_string="a text of more than 127 bytes " * 9), tmp_path / "graph.onnx")
-    assert weight_bytes(tmp_path / "graph.onnx") == 5 * 7 * 4 + 120000
+    assert stored_weights(tmp_path / "graph.onnx") == StoredWeights(5 * 7 * 4 + 120000, 0, 0, 0)
+
+
+def test_matrices_of_products_are_told_from_other_weights(tmp_path: Path) -> None:
+    """Turned on their way or not, and the quantized ones for themselves; an embedding is none, nor is a bias."""
+    stored = {
+        "embedding": np.ones((50, 8), np.float16),
+        "turned": np.ones((6, 8), np.float16),
+        "straight": np.ones((8, 5), np.float32),
+        "bias": np.ones(5, np.float32),
+        "codes": np.ones((3, 1, 16), np.uint8),
+        "scales": np.ones(3, np.float16),
+    }
+    nodes = [
+        helper.make_node("Gather", ["embedding", "ids"], ["x"]),
+        helper.make_node("Transpose", ["turned"], ["matrix"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "matrix"], ["y"]),
+        helper.make_node("Gemm", ["x", "straight", "bias"], ["z"]),
+        helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["w"], domain="com.microsoft", K=32, N=3, bits=4),
+    ]
+    weights = [numpy_helper.from_array(values, name) for name, values in stored.items()]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "graph", [], [], weights)), tmp_path / "graph.onnx")
+    total = sum(values.nbytes for values in stored.values())
+    assert stored_weights(tmp_path / "graph.onnx") == StoredWeights(total, 48 + 40, 96 + 160, 48 + 6)
+
+
+def test_each_compiled_program_holds_its_own_matrices() -> None:
+    stored = StoredWeights(bytes=1000, matrix_numbers=200, matrix_bytes=400, quantized_bytes=100)
+    assert held_bytes(stored, 1, Precision.BF16) == held_bytes(stored, 1, None) == 500 + 400 + 100
+    assert held_bytes(stored, 3, Precision.F32) == 500 + 3 * (800 + 100)
+    assert CpuDevice().weight_bytes(stored, [PassShape(1), PassShape(4)]) == 1000
+
+
+@needs_openvino
+def test_openvino_foresees_a_program_for_each_width_or_one_for_all() -> None:
+    device = open_device("openvino:CPU:f32")
+    shapes = [PassShape(1, 1), PassShape(4, 4), PassShape(4, 1)]
+    few = StoredWeights(bytes=1000, matrix_numbers=200, matrix_bytes=400, quantized_bytes=0)
+    assert device.weight_bytes(few, shapes) == 600 + 2 * 800
+    many = StoredWeights(bytes=GIB, matrix_numbers=200, matrix_bytes=400, quantized_bytes=0)
+    assert device.weight_bytes(many, shapes) == GIB - 400 + 800
+
+
+@needs_openvino
+def test_loading_foresees_what_programs_hold(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    plan = make_plan(manifest, EngineOptions(mode=Mode.MIRROR), shared_cpu=True)
+    cpu, drafts = CpuDevice(), open_device("openvino:CPU:f32", background=True)
+    needs = memory_needs(bundle, manifest, Placement(cpu, cpu, drafts), plan)
+    found = {item.name: item.weight_bytes for item in needs["openvino:CPU"]}
+    shapes = {"draft_trunk": [PassShape(plan.gamma + 1)], "draft": draft_shapes(plan, drafts.padded_width)}
+    for name, passes in shapes.items():
+        graph = manifest.segments[name].graphs[Form.ROWS]
+        assert found[name] == drafts.weight_bytes(stored_weights(bundle / graph.file), passes)
 
 
 def test_a_slot_holds_a_key_and_a_value_in_each_layer() -> None:

@@ -29,7 +29,7 @@ from mirror.errors import DeviceError, RequestError
 from mirror.runtime.loading import load_draft, make_plan
 from mirror.runtime.options import EngineOptions
 from mirror.targets.artefacts import AS_IS, Quantized
-from mirror.targets.base import AheadCompiler, KVCache, LoadRequest, RowTable, Tensor
+from mirror.targets.base import AheadCompiler, KVCache, LoadRequest, PassShape, RowTable, StoredWeights, Tensor
 from mirror.targets.static_shapes import first_shapes, widths_of
 
 Say = Callable[[str], None]
@@ -115,6 +115,10 @@ class _Recorder:
     def padded_width(self) -> int:
         """As the device that will load them."""
         return self._compiler.padded_width
+
+    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+        """Nothing is held."""
+        return 0
 
     @property
     def launches(self) -> bool:

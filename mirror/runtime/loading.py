@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,7 @@ def memory_needs(
 ) -> Mapping[str, Sequence[SegmentMemory]]:
     """Return what each device, by its name, is to hold: every segment's weights and cache."""
     needs: dict[str, list[SegmentMemory]] = {}
+    shapes = _first_shapes(manifest, placement.draft, plan)
     for name, device in placement.segments.items():
         segment, drafts = manifest.segments.get(name), device is placement.draft and name.startswith("draft")
         if segment is None or (drafts and plan.mode is Mode.PLAIN):
@@ -217,8 +219,27 @@ def memory_needs(
         capacity = (
             0 if name in ("draft_trunk", "draft_sampled") else plan.draft_capacity if drafts else plan.target_capacity
         )
-        needs.setdefault(device.name, []).append(segment_memory(folder, segment, device.form, capacity))
+        held = partial(device.weight_bytes, shapes=shapes[name])
+        needs.setdefault(device.name, []).append(segment_memory(folder, segment, device.form, capacity, held))
     return needs
+
+
+def _first_shapes(manifest: Manifest, draft: Device, plan: Plan) -> Mapping[str, list[PassShape]]:
+    """Return the passes that every segment is loaded for, by its name."""
+    target = _target_shapes(manifest, plan)
+    window, steps = [PassShape(plan.gamma + 1)], draft_shapes(plan, draft.padded_width)
+    return {
+        **dict.fromkeys(("target_prefix", "exit_head", "target_suffix"), target),
+        "draft_trunk": window,
+        "draft": steps,
+        "draft_sampled": [*window, *steps],
+    }
+
+
+def _target_shapes(manifest: Manifest, plan: Plan) -> list[PassShape]:
+    """Return the passes of a target: one row, a window, and a prompt's."""
+    chunk = min(manifest.decoding.prefill_chunk, plan.target_capacity)
+    return [PassShape(1), PassShape(plan.gamma + 1), PassShape(chunk, 1)]
 
 
 def load_target(
@@ -227,11 +248,11 @@ def load_target(
     """Load the target's segments and make its caches: all on `device`, or the suffix on another."""
     capacity, threads = plan.target_capacity, plan.target_threads
     other = suffix_device or device
-    shapes = [PassShape(1), PassShape(plan.gamma + 1), PassShape(min(manifest.decoding.prefill_chunk, capacity), 1)]
     names = ("target_prefix", "exit_head", "target_suffix")
     segments = [(_segment(manifest, name), other if name == "target_suffix" else device) for name in names]
     prefix, exit_head, suffix = (
-        place.load_segment(LoadRequest(folder, segment, shapes, capacity, threads)) for segment, place in segments
+        place.load_segment(LoadRequest(folder, segment, _target_shapes(manifest, plan), capacity, threads))
+        for segment, place in segments
     )
     prefix_cache, suffix_cache = (
         place.make_cache(segment.kv, capacity) for segment, place in (segments[0], segments[2])

@@ -12,12 +12,10 @@ from pathlib import Path
 
 from mirror.bundle import Form, LayerKV, Segment
 from mirror.errors import DeviceError
-from mirror.runtime.wire import messages
-from mirror.targets.base import FreeMemory
+from mirror.runtime.graph_count import stored_weights
+from mirror.targets.base import FreeMemory, StoredWeights
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
-# Field numbers of ONNX's protocol buffers.
-_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW, _TENSOR_EXTERNAL, _KEY, _VALUE = 7, 5, 9, 13, 1, 2
 
 
 @dataclass(frozen=True)
@@ -34,24 +32,26 @@ class SegmentMemory:
         return self.weight_bytes + self.cache_bytes
 
 
-def segment_memory(folder: Path, segment: Segment, form: Form, capacity: int) -> SegmentMemory:
-    """Return what a segment takes in one cache form, its cache having `capacity` slots; 0 for a missing graph."""
+def segment_memory(
+    folder: Path,
+    segment: Segment,
+    form: Form,
+    capacity: int,
+    held: Callable[[StoredWeights], int] = lambda stored: stored.bytes,
+) -> SegmentMemory:
+    """Return what a segment takes in one cache form, its cache having `capacity` slots; 0 for a missing graph.
+
+    Args:
+        held: what a device takes of memory for a graph's weights; as many bytes as the files, if not given.
+    """
     graph = segment.graphs.get(form)
-    weights = 0 if graph is None else weight_bytes(folder / graph.file)
+    weights = 0 if graph is None else held(stored_weights(folder / graph.file))
     return SegmentMemory(segment.name, weights, capacity * slot_bytes(segment.kv))
 
 
 def slot_bytes(layers: Sequence[LayerKV]) -> int:
     """Return the bytes of one slot of a cache: a key and a value in each of its layers."""
     return sum(2 * layer.heads * layer.head_dim * _ITEM_BYTES.get(layer.dtype, 4) for layer in layers)
-
-
-def weight_bytes(path: Path) -> int:
-    """Return the bytes of all weights that an ONNX file holds or refers to."""
-    data = memoryview(path.read_bytes())
-    return sum(
-        tensor_bytes(tensor) for graph in messages(data, _MODEL_GRAPH) for tensor in messages(graph, _GRAPH_INITIALIZER)
-    )
 
 
 def check_room(needs: Mapping[str, Sequence[SegmentMemory]], free: Callable[[str], FreeMemory]) -> None:
@@ -86,15 +86,3 @@ def _sentence(segment: SegmentMemory) -> str:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
-
-
-# --- the ONNX file --------------------------------------------------------------------------------
-
-
-def tensor_bytes(tensor: memoryview) -> int:
-    """Return the bytes of one initializer: inside the file, or where its `length` entry says how many."""
-    inside = sum(len(raw) for raw in messages(tensor, _TENSOR_RAW))
-    for entry in messages(tensor, _TENSOR_EXTERNAL):
-        if bytes(next(messages(entry, _KEY), b"")) == b"length":
-            return inside + int(bytes(next(messages(entry, _VALUE))))
-    return inside

@@ -159,6 +159,22 @@ def to_host(tensor: Tensor) -> Array:
     return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
 
 
+@dataclass(frozen=True)
+class StoredWeights:
+    """A graph's weights, as its files hold them.
+
+    Attributes:
+        bytes: of all.
+        matrix_numbers, matrix_bytes: of the matrices in floating point that products read.
+        quantized_bytes: of those in integers, their scales among them.
+    """
+
+    bytes: int
+    matrix_numbers: int
+    matrix_bytes: int
+    quantized_bytes: int
+
+
 class RowTable(Protocol):
     """Rows of float32 on a device, which a host writes between passes."""
 
@@ -233,6 +249,10 @@ class Device(Protocol):
 
         1 where a session takes every shape.
         """
+        ...
+
+    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+        """Return the memory that a segment's weights take at least, once it is loaded for some passes."""
         ...
 
     def load_segment(self, request: LoadRequest) -> LoadedSegment:

@@ -20,7 +20,17 @@ import onnxruntime as ort
 
 from mirror.bundle import Form, Graph, LayerKV, TensorSpec, kv_names
 from mirror.errors import DeviceError
-from mirror.targets.base import Array, Fetched, FollowOn, KVCache, LoadRequest, Tensor, to_host
+from mirror.targets.base import (
+    Array,
+    Fetched,
+    FollowOn,
+    KVCache,
+    LoadRequest,
+    PassShape,
+    StoredWeights,
+    Tensor,
+    to_host,
+)
 from mirror.targets.static_shapes import BRANCH_MAP, widths_of
 
 # ONNX's element type numbers; numpy has no bfloat16, so those tensors never become arrays.
@@ -595,6 +605,10 @@ class OnnxRuntimeDevice:
     def padded_width(self) -> int:
         """A session takes every shape."""
         return 1
+
+    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+        """One session holds them once."""
+        return stored.bytes
 
     def load_segment(self, request: LoadRequest) -> OnnxRuntimeSegment:
         """Load a segment; see `base.Device.load_segment`.

@@ -15,7 +15,7 @@ from typing import Any
 from mirror.bundle import Compiled, Form, Graph, LayerKV, TensorSpec, kv_names
 from mirror.errors import DeviceError
 from mirror.targets.artefacts import Quantized, Wanted, artefact_stem, compiled_for, graph_sha256
-from mirror.targets.base import Array, KVCache, LoadRequest, PassShape, RowTable, Tensor, to_host
+from mirror.targets.base import Array, KVCache, LoadRequest, PassShape, RowTable, StoredWeights, Tensor, to_host
 from mirror.targets.names import Precision
 from mirror.targets.openvino_model import read_model
 from mirror.targets.openvino_package import ov
@@ -23,6 +23,7 @@ from mirror.targets.openvino_settings import (
     check_precision,
     compile_settings,
     default_precision,
+    held_bytes,
     kernel_cache,
     least_threads,
     padded_width,
@@ -345,6 +346,15 @@ class OpenVinoDevice:
         """See `openvino_settings.padded_width`."""
         return padded_width(self._unit)
 
+    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+        """See `openvino_settings.held_bytes`."""
+        widths = len(widths_of(shapes))
+        return held_bytes(stored, 1 if self._shares(stored.bytes, widths) else widths, self.precision)
+
+    def _shares(self, weights_bytes: int, widths: int) -> bool:
+        """Return whether one program of free width serves all of a segment's."""
+        return self._unit != "NPU" and weights_bytes * widths > _STATIC_WEIGHTS_BYTES
+
     def load_segment(self, request: LoadRequest) -> OpenVinoSegment:
         """Load a segment; see `base.Device.load_segment`.
 
@@ -358,7 +368,7 @@ class OpenVinoDevice:
 
         graph = rows_graph(request.segment, self.name)
         compiler = self._compiler(request, graph, self._kernel_cache, ready)
-        if self._unit != "NPU" and compiler.weights_bytes * len(widths_of(request.shapes)) > _STATIC_WEIGHTS_BYTES:
+        if self._shares(compiler.weights_bytes, len(widths_of(request.shapes))):
             compiler.share()
         return OpenVinoSegment(request.segment.name, compiler, graph, request.shapes, request.later)
 

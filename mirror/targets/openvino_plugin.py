@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from mirror.bundle import Form, Graph
 from mirror.errors import DeviceError
-from mirror.targets.base import Array, LoadRequest, PassShape, Tensor, to_host
+from mirror.targets.base import Array, LoadRequest, PassShape, StoredWeights, Tensor, to_host
 from mirror.targets.cores import allowed_cpus
 from mirror.targets.names import Precision
 from mirror.targets.onnxruntime_session import (
@@ -31,6 +31,7 @@ from mirror.targets.openvino_settings import (
     check_precision,
     compile_settings,
     default_precision,
+    held_bytes,
     kernel_cache,
     padded_width,
     rows_graph,
@@ -39,7 +40,7 @@ from mirror.targets.openvino_settings import (
     takes_any_slots,
 )
 from mirror.targets.shaped_segment import ShapedSegment
-from mirror.targets.static_shapes import BRANCH_MAP, past_name
+from mirror.targets.static_shapes import BRANCH_MAP, past_name, widths_of
 
 PROVIDER = "OpenVINOExecutionProvider"
 _REGISTRATION = "OpenVINO"
@@ -101,6 +102,10 @@ class OpenVinoPluginDevice(OnnxRuntimeDevice):
     def padded_width(self) -> int:
         """See `openvino_settings.padded_width`."""
         return padded_width(self._unit)
+
+    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+        """See `openvino_settings.held_bytes`: each width is a session."""
+        return held_bytes(stored, len(widths_of(shapes)), self.precision)
 
     def load_segment(self, request: LoadRequest) -> ShapedSegment:  # type: ignore[override]  # any LoadedSegment serves
         """Load a segment; see `base.Device.load_segment`.

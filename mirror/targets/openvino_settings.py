@@ -9,6 +9,7 @@ from typing import Any
 
 from mirror.bundle import Form, Graph, Segment
 from mirror.errors import DeviceError
+from mirror.targets.base import StoredWeights
 from mirror.targets.cores import allowed_cpus, may_have_amx
 from mirror.targets.names import Precision
 from mirror.targets.static_shapes import BRANCH_MAP, NPU_ROWS
@@ -138,6 +139,19 @@ def padded_width(unit: str) -> int:
     CPU's caches: a proposal of passes of 1, 2 and 5 rows takes 1.4 times as long as three of 5 rows in one program.
     """
     return NPU_ROWS if unit == "NPU" else _CPU_ROWS
+
+
+def held_bytes(stored: StoredWeights, programs: int, precision: Precision | None) -> int:
+    """Return the memory that weights take where every program packs its own copy of what products read.
+
+    Quantized ones stay so. What no product reads, the embedding, is held once.
+
+    Args:
+        precision: the arithmetic, None for OpenVINO's own choice: two bytes or more.
+    """
+    size = 4 if precision is Precision.F32 else 2
+    shared = stored.bytes - stored.matrix_bytes - stored.quantized_bytes
+    return shared + programs * (size * stored.matrix_numbers + stored.quantized_bytes)
 
 
 def slots_for(filled: int, capacity: int) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mirror.bundle import Form, LayerKV
-from mirror.targets.base import Device, KVCache, LoadedSegment, LoadRequest, RowTable, Tensor
+from mirror.targets.base import Device, KVCache, LoadedSegment, LoadRequest, PassShape, RowTable, StoredWeights, Tensor
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,10 @@ class OuterDevice:
     def padded_width(self) -> int:
         """The inner device's."""
         return self._inner.padded_width
+
+    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+        """The inner device's."""
+        return self._inner.weight_bytes(stored, shapes)
 
     def load_segment(self, request: LoadRequest) -> LoadedSegment:
         """Load a segment on the inner device."""
