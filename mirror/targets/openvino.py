@@ -349,7 +349,8 @@ class OpenVinoDevice:
     def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
         """See `openvino_settings.held_bytes`."""
         widths = len(widths_of(shapes))
-        return held_bytes(stored, 1 if self._shares(stored.bytes, widths) else widths, self.precision)
+        programs = 1 if self._shares(stored.bytes, widths) else widths
+        return held_bytes(self._unit, stored, programs, self.precision)
 
     def _shares(self, weights_bytes: int, widths: int) -> bool:
         """Return whether one program of free width serves all of a segment's."""

@@ -105,7 +105,7 @@ class OpenVinoPluginDevice(OnnxRuntimeDevice):
 
     def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
         """See `openvino_settings.held_bytes`: each width is a session."""
-        return held_bytes(stored, len(widths_of(shapes)), self.precision)
+        return held_bytes(self._unit, stored, len(widths_of(shapes)), self.precision)
 
     def load_segment(self, request: LoadRequest) -> ShapedSegment:  # type: ignore[override]  # any LoadedSegment serves
         """Load a segment; see `base.Device.load_segment`.

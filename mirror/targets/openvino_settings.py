@@ -141,17 +141,17 @@ def padded_width(unit: str) -> int:
     return NPU_ROWS if unit == "NPU" else _CPU_ROWS
 
 
-def held_bytes(stored: StoredWeights, programs: int, precision: Precision | None) -> int:
-    """Return the memory that weights take where every program packs its own copy of what products read.
+def held_bytes(unit: str, stored: StoredWeights, programs: int, precision: Precision | None) -> int:
+    """Return the memory that weights take at least where every program packs its own copy of what products read.
 
-    Quantized ones stay so. What no product reads, the embedding, is held once.
+    Quantized ones stay so. What no product reads, the embedding, a CPU looks up in the file's own pages.
 
     Args:
         precision: the arithmetic, None for OpenVINO's own choice: two bytes or more.
     """
     size = 4 if precision is Precision.F32 else 2
-    shared = stored.bytes - stored.matrix_bytes - stored.quantized_bytes
-    return shared + programs * (size * stored.matrix_numbers + stored.quantized_bytes)
+    others = 0 if unit == "CPU" else stored.bytes - stored.matrix_bytes - stored.quantized_bytes
+    return others + programs * (size * stored.matrix_numbers + stored.quantized_bytes)
 
 
 def slots_for(filled: int, capacity: int) -> int:
