@@ -218,7 +218,7 @@ class Generation:
 
     def _redraft(self, count: int) -> tuple[int, ...]:
         """Return a proposal made while the target waits."""
-        self._wait_earlier("draft_prefill_wait" if not self.rounds else "redraft")
+        self._wait_earlier("redraft" if self.rounds else "draft_prefill_wait")
         if self._mode is Mode.PLAIN or self._seat is None:
             return ()
         tokens, states = self._sequence.tokens, self._take_states()

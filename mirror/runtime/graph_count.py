@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,18 +62,7 @@ def count_graph(path: Path) -> GraphCount:
     Raises:
         BundleError: it isn't there.
     """
-    if not path.is_file():
-        raise BundleError(f"{path.name} is missing from {path.parent}; export the bundle again")
-    graph = next(messages(memoryview(path.read_bytes()), _MODEL_GRAPH))
-    tensors = {_text(tensor, _TENSOR_NAME): tensor for tensor in messages(graph, _GRAPH_INITIALIZER)}
-    nodes = [_node(data) for data in messages(graph, _GRAPH_NODE)]
-    # The rows form turns matrices on their way into a product.
-    tensors |= {
-        node.outputs[0]: tensors[node.inputs[0]]
-        for node in nodes
-        if node.kind == "Transpose" and node.inputs[0] in tensors
-    }
-    found = [_product(node, tensors) for node in nodes]
+    _, nodes, found = _parsed(path)
     products = tuple(product for product in found if product is not None)
     starts = [node.kind not in _VIEWS for node in nodes]
     end = max((place for place, product in enumerate(found) if product is not None), default=len(nodes) - 1)
@@ -87,19 +76,32 @@ def stored_weights(path: Path) -> StoredWeights:
     Raises:
         BundleError: it isn't there.
     """
-    products = count_graph(path).products
+    tensors, _, found = _parsed(path)
+    products = [product for product in found if product is not None]
+    quantized = [product for product in products if product.precision.startswith("int")]
     floats = [product for product in products if not product.precision.startswith("int")]
-    packed = [product for product in products if product not in floats]
-    graph = next(messages(memoryview(path.read_bytes()), _MODEL_GRAPH))
     return StoredWeights(
-        bytes=sum(map(tensor_bytes, messages(graph, _GRAPH_INITIALIZER))),
+        bytes=sum(map(tensor_bytes, tensors.values())),
         matrix_numbers=sum(product.matrices for product in floats),
         matrix_bytes=sum(product.bytes for product in floats),
-        quantized_bytes=sum(product.bytes for product in packed),
+        quantized_bytes=sum(product.bytes for product in quantized),
     )
 
 
 # --- nodes and tensors ----------------------------------------------------------------------------
+
+
+def _parsed(path: Path) -> tuple[Mapping[str, memoryview], Sequence[_Node], Sequence[Product | None]]:
+    """Return a file's initializers by name, its nodes in the order in which they run, and the product of each."""
+    if not path.is_file():
+        raise BundleError(f"{path.name} is missing from {path.parent}; export the bundle again")
+    graph = next(messages(memoryview(path.read_bytes()), _MODEL_GRAPH))
+    tensors = {_text(tensor, _TENSOR_NAME): tensor for tensor in messages(graph, _GRAPH_INITIALIZER)}
+    nodes = [_node(data) for data in messages(graph, _GRAPH_NODE)]
+    # The rows form turns matrices on their way into a product.
+    turns = (node for node in nodes if node.kind == "Transpose" and node.inputs[0] in tensors)
+    read = tensors | {node.outputs[0]: tensors[node.inputs[0]] for node in turns}
+    return tensors, nodes, [_product(node, read) for node in nodes]
 
 
 def _node(data: memoryview) -> _Node:
