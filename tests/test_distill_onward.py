@@ -24,7 +24,7 @@ from mirror.distill.data import (  # noqa: E402
 )
 from mirror.distill.heads import ExitHead  # noqa: E402
 from mirror.distill.progress import SilentProgress  # noqa: E402
-from mirror.distill.run import distill, load_pupils, read_facts  # noqa: E402
+from mirror.distill.run import _draft_layers, distill, load_pupils, read_facts  # noqa: E402
 from mirror.distill.student import StudentOptions, load_student, make_student, save_student, take_up  # noqa: E402
 from mirror.distill.target import Target, load_target  # noqa: E402
 from mirror.distill.train import Optimizer, Pupils, TrainOptions, _optimizers  # noqa: E402
@@ -90,6 +90,12 @@ class TestWider:
         had.model.model.layers = had.model.model.layers[1:]
         had.model.model.layers[0].self_attn.layer_idx = 0
         torch.testing.assert_close(less(ids), had(ids), rtol=1e-4, atol=1e-5)
+
+    def test_no_layer_goes_missing_unasked(self, first: Path, letters_prompts: Path, tmp_path: Path) -> None:
+        chosen = dataclasses.replace(options(letters_prompts, tmp_path), start=first, draft_layers=None)
+        assert _draft_layers(chosen, 6) == tuple(read_facts(first)["draft"]["layers"]) == (0, 5)
+        assert _draft_layers(dataclasses.replace(chosen, start=None), 6) == (0, 2, 3, 5)
+        assert _draft_layers(dataclasses.replace(chosen, draft_layers=(5,)), 6) == (5,)
 
     def test_a_draft_without_any_of_its_layers_is_refused(self, first: Path, target: Target) -> None:
         with pytest.raises(DraftError, match="has the target's layers 0, 5 and this one has none of them; name some"):

@@ -63,7 +63,11 @@ def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[i
 @click.option("--sampled-answers", default=0.5, help="Sampled answers to each prompt.")
 @click.option("--max-answer-tokens", default=192, help="Longest answer.")
 @click.option("--exit-layers", callback=_numbers, help="Layers to exit after; half and two thirds by default.")
-@click.option("--draft-layers", callback=_numbers, help="Target layers that the draft starts as; four by default.")
+@click.option(
+    "--draft-layers",
+    callback=_numbers,
+    help="Target layers that the draft starts as; four by default, or those of --start.",
+)
 @click.option(
     "--draft-intermediate", default=None, type=int, help="Inner channels of the draft, if more than the target's."
 )

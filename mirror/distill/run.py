@@ -61,8 +61,8 @@ _TRAINING = "training"
 class DistillOptions:
     """What is trained and from what.
 
-    `exit_layers`: None for half and two thirds of the target's. `draft_layers`: which of the target's
-    layers the draft starts as; None for four of them, () for no draft. `draft_model`: a small model with the
+    `exit_layers`: None for half and two thirds of the target's. `draft_layers`: which of the target's layers the draft
+    starts as; None for those of `start`, else four of them, () for no draft. `draft_model`: a small model with the
     target's tokenizer to start from instead. `streams`: speculative streams of the draft. `feature_layer`: the exit
     layer whose state feeds the draft; None for none. `adapter_sizes`: the inner width of the exit heads, one for all
     or one for each. `start`: a finished training for the same target to go on from; its exit heads may grow, its draft
@@ -265,7 +265,10 @@ def _draft_layers(options: DistillOptions, total: int) -> tuple[int, ...] | None
         if options.draft_intermediate is not None:
             raise DraftError("a given draft model keeps its shape; leave out --draft-intermediate")
         return None
-    return options.draft_layers if options.draft_layers is not None else spread_layers(total, min(4, total))
+    if options.draft_layers is not None:
+        return options.draft_layers
+    had = None if options.start is None else read_facts(options.start)["draft"]
+    return spread_layers(total, min(4, total)) if had is None or had["layers"] is None else tuple(had["layers"])
 
 
 def _check_output(output: Path, recipe: dict[str, Any]) -> None:
