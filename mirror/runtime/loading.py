@@ -208,7 +208,8 @@ def memory_needs(
 ) -> Mapping[str, Sequence[SegmentMemory]]:
     """Return what each device, by its name, is to hold: every segment's weights and cache."""
     needs: dict[str, list[SegmentMemory]] = {}
-    shapes = _first_shapes(manifest, placement.draft, plan)
+    target = dict.fromkeys(("target_prefix", "exit_head", "target_suffix"), _target_shapes(manifest, plan))
+    shapes = target | _draft_passes(plan, placement.draft)
     for name, device in placement.segments.items():
         segment, drafts = manifest.segments.get(name), device is placement.draft and name.startswith("draft")
         if segment is None or (drafts and plan.mode is Mode.PLAIN):
@@ -224,16 +225,10 @@ def memory_needs(
     return needs
 
 
-def _first_shapes(manifest: Manifest, draft: Device, plan: Plan) -> Mapping[str, list[PassShape]]:
-    """Return the passes that every segment is loaded for, by its name."""
-    target = _target_shapes(manifest, plan)
-    window, steps = [PassShape(plan.gamma + 1)], draft_shapes(plan, draft.padded_width)
-    return {
-        **dict.fromkeys(("target_prefix", "exit_head", "target_suffix"), target),
-        "draft_trunk": window,
-        "draft": steps,
-        "draft_sampled": [*window, *steps],
-    }
+def _draft_passes(plan: Plan, device: Device) -> dict[str, list[PassShape]]:
+    """Return the passes that the draft's segments are loaded for on a device, by the segment's name."""
+    window, steps = [PassShape(plan.gamma + 1)], draft_shapes(plan, device.padded_width)
+    return {"draft_trunk": window, "draft": steps, "draft_sampled": [*window, *steps]}
 
 
 def _target_shapes(manifest: Manifest, plan: Plan) -> list[PassShape]:
@@ -248,11 +243,10 @@ def load_target(
     """Load the target's segments and make its caches: all on `device`, or the suffix on another."""
     capacity, threads = plan.target_capacity, plan.target_threads
     other = suffix_device or device
-    names = ("target_prefix", "exit_head", "target_suffix")
+    names, shapes = ("target_prefix", "exit_head", "target_suffix"), _target_shapes(manifest, plan)
     segments = [(_segment(manifest, name), other if name == "target_suffix" else device) for name in names]
     prefix, exit_head, suffix = (
-        place.load_segment(LoadRequest(folder, segment, _target_shapes(manifest, plan), capacity, threads))
-        for segment, place in segments
+        place.load_segment(LoadRequest(folder, segment, shapes, capacity, threads)) for segment, place in segments
     )
     prefix_cache, suffix_cache = (
         place.make_cache(segment.kv, capacity) for segment, place in (segments[0], segments[2])
@@ -288,12 +282,13 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
         branches_per_pass=plan.branches_per_pass,
         proposal_tokens_per_pass=plan.proposal_tokens_per_pass,
     )
-    threads, window, steps = plan.draft_threads, [PassShape(plan.gamma + 1)], draft_shapes(plan, device.padded_width)
+    threads, passes = plan.draft_threads, _draft_passes(plan, device)
+    steps = passes["draft"]
     segments = DraftSegments(
-        device.load_segment(LoadRequest(folder, trunk, window, capacity, threads, later=steps)),
+        device.load_segment(LoadRequest(folder, trunk, passes["draft_trunk"], capacity, threads, later=steps)),
         device.load_segment(LoadRequest(folder, branch, steps, capacity, threads)),
         device.make_cache(branch.kv, capacity),
-        _sampled(folder, manifest, device, plan, [*window, *steps]),
+        _sampled(folder, manifest, device, plan, passes["draft_sampled"]),
     )
     return ModelDraft(segments, shape, plan.source, plan.fanout, _features(manifest, facts, device, plan))
 

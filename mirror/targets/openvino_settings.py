@@ -135,8 +135,8 @@ def takes_any_slots(unit: str, graph: Graph) -> bool:
 def padded_width(unit: str) -> int:
     """Return the rows up to which a draft's passes are padded to share a program.
 
-    Each program has its own copy of the weights, and one that others have run since starts with none of them in the
-    CPU's caches: a proposal of passes of 1, 2 and 5 rows takes 1.4 times as long as three of 5 rows in one program.
+    Each program has its own copy of the weights. On a CPU a proposal of passes of 1, 2 and 5 rows in a program each
+    takes 1.4 times as long as three of 5 rows in one, perhaps because each finds the caches full of another's weights.
     """
     return NPU_ROWS if unit == "NPU" else _CPU_ROWS
 

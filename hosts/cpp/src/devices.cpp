@@ -150,7 +150,7 @@ std::shared_ptr<Device> openvino_device(const DeviceName& name, Role role, Ort::
   provider.device = name.device();
   provider.form = Form::rows;
   provider.compiles = true;
-  // An NPU waits for its weights and multiplies in tiles; on a CPU each session's weights come into the caches anew.
+  // An NPU waits for its weights and multiplies in tiles; on a CPU passes in turns over several sessions take longer.
   provider.padded_width = name.unit.rfind("NPU", 0) == 0 ? 64 : 8;
   // With inputs bound once, drafts on an Intel CPU guessed next to no token right.
   provider.binds = false;
