@@ -23,7 +23,7 @@ from mirror.errors import BundleError
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "mirror.json"
 ROLLOUT_SLOTS = 4096  # slots past max_length that a draft's graphs have room for: the rows of a rollout
-NOISY_TOKENS = 64  # likeliest tokens of a draft's graph for draws that get noise: as many as the target's draws give it
+NOISY_TOKENS = 256  # likeliest tokens that get noise in a draft's graph for draws: as many as in the target's draws
 NOISE_POSITIONS = 64  # rows of a noise table: a rollout looks at no more positions
 VOCABULARY_FILE = "draft_vocabulary.npy"  # the tokens that a trimmed head's scores are for, int64 [vocabulary]
 DATE_MARK = "{{date}}"  # in a chat format's texts, for today's date

@@ -174,10 +174,10 @@ def test_draws_follow_the_law_with_and_without_a_tail(head: int, monkeypatch: py
 
 
 def test_equal_weights_in_a_wide_support_all_come_equally_often() -> None:
-    """100 tokens of which 36 share a Gumbel; 20,000 draws, false alarm below 1e-7."""
-    kept = Kept(np.arange(100), np.zeros(100))
+    """300 tokens of which 44 share a Gumbel; 20,000 draws, false alarm below 1e-7."""
+    kept = Kept(np.arange(300), np.zeros(300))
     drawn = np.array([draw(kept, 5, position) for position in range(20_000)])
-    statistic, degrees = chi_square(np.bincount(drawn, minlength=100), np.full(100, 1 / 100))
+    statistic, degrees = chi_square(np.bincount(drawn, minlength=300), np.full(300, 1 / 300))
     assert statistic < chi_square_limit(degrees, FALSE_ALARM)
 
 
@@ -228,8 +228,8 @@ def _plain_draw(ids: np.ndarray, scores: np.ndarray, seed: int, position: int) -
 
 def _odd_rows() -> Iterator[tuple[str, Floats]]:
     """Yield rows of logits that shortcuts might get wrong."""
-    source, wide = np.random.default_rng(7), 8_192 + 64 + 11  # blocks enough for the search by blocks, and a rest
-    for vocab in (7, 64, 65, 300, 8_191, wide):
+    source, wide = np.random.default_rng(7), 16_384 + 64 + 11  # blocks enough for the search by blocks, and a rest
+    for vocab in (7, 256, 257, 600, 16_383, wide):
         for spread in (0.5, 2.0, 8.0):
             yield f"spread {spread}", (source.standard_normal(vocab) * spread).astype(np.float32)
     likely = (source.standard_normal(wide) * 2).astype(np.float32)
@@ -239,7 +239,7 @@ def _odd_rows() -> Iterator[tuple[str, Floats]]:
     yield "all alike", np.full(wide, 3, np.float32)
     likely[-5:] = 25
     yield "the likeliest last, past the last block", likely
-    for finite in (1, 3, 64, 65, 128, 500):
+    for finite in (1, 3, 256, 257, 512, 900):
         sparse = np.full(wide, -np.inf, np.float32)
         sparse[source.choice(wide, finite, replace=False)] = source.standard_normal(finite)
         yield f"{finite} finite ones", sparse
@@ -299,19 +299,19 @@ def test_top_p_within_the_error_of_float32_is_settled_in_float64(nudge: float, k
 
 
 def test_a_row_of_one_head_and_no_tail_has_no_tail_to_lose_to() -> None:
-    """Each of the 64 tokens stands in a block of its own, and the tail's noise is as great as it hardly ever is."""
-    logits = np.full(8_192, -np.inf, np.float32)
-    logits[:64] = np.linspace(0, 0.1, 64)
+    """Each of the 256 tokens stands in a block of its own, and the tail's noise is as great as it hardly ever is."""
+    logits = np.full(16_384, -np.inf, np.float32)
+    logits[:256] = np.linspace(0, 0.1, 256)
     noise = uniforms(3, np.arange(200_000), np.full(200_000, TAIL_TOKEN))
     position = int(np.argmax(noise))
-    expected = _plain_choice(logits, SamplingParams(1.0, seed=3), np.zeros(8_192, np.bool_), position)
-    assert Sampler(SamplingParams(1.0, seed=3), 8_192, NO_CONTEXT).choose(logits, position) == expected
+    expected = _plain_choice(logits, SamplingParams(1.0, seed=3), np.zeros(16_384, np.bool_), position)
+    assert Sampler(SamplingParams(1.0, seed=3), 16_384, NO_CONTEXT).choose(logits, position) == expected
 
 
 def test_the_whole_row_is_left_alone_where_the_head_is_sure_to_win(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = np.zeros(20_011, np.float32)
     logits[[3, 7_000]] = 40
-    monkeypatch.setattr(sampling, "_settle", lambda race, kept: pytest.fail("the tail was summed up"))
+    monkeypatch.setattr(sampling, "_of_tail", lambda race, scores: pytest.fail("the tail was summed up"))
     monkeypatch.setattr(Peaks, "mass", lambda peaks: pytest.fail("the row's exponentials were taken"))
     sampler = Sampler(SamplingParams(1.0, seed=9), logits.size, NO_CONTEXT)
     assert {sampler.choose(logits, position) for position in range(20)} == {3, 7_000}

@@ -20,7 +20,7 @@ from mirror.runtime.records import Floats, Ints
 FLOAT32_SLACK = 1e-5
 # Temperatures at which different logits divided by them still differ, and their exponentials are numbers.
 _TAME = (1e-6, 1e6)
-_BLOCK = 64
+_BLOCK = 32
 # Of the greater of two logits: closer ones may have equal scores in float64.
 _CLOSE = 1e-6
 
@@ -66,7 +66,8 @@ class Peaks:
 
     def mass(self) -> float:
         """Return the sum of all weights, `exp(score - greatest score)`, to within `FLOAT32_SLACK` of it."""
-        return float(np.exp(self._scores(self.logits)).sum())
+        scores = self._scores(self.logits)
+        return float(np.exp(scores, out=scores).sum())
 
     def mass_below(self, logit: float) -> float:
         """Return a number that the weights of all tokens whose logit is at most this one don't add up to."""
@@ -76,7 +77,8 @@ class Peaks:
 
     def _scores(self, logits: Floats) -> Floats:
         """Return scores less the greatest, in float32."""
-        scores: Floats = (logits - self.greatest) * np.float32(1.0 / self.temperature)
+        scores: Floats = logits - self.greatest
+        scores *= np.float32(1.0 / self.temperature)
         return scores
 
 

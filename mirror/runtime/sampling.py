@@ -19,7 +19,7 @@ from mirror.runtime.noise import F64, PICK_TOKEN, TAIL_TOKEN, gumbel, uniforms
 from mirror.runtime.records import Candidates, Floats, Ints
 
 # Kept tokens with a Gumbel of their own; the others share one.
-HEAD_TOKENS = 64
+HEAD_TOKENS = 256
 _FLOAT64_SLACK = 1e-9  # far more than float64 gets wrong in a sum over a vocabulary, as a share of it
 _NO_WEIGHT = -1e3  # a score whose exponential is 0 in float32 and in float64
 _TAIL_AND_PICK = np.array([TAIL_TOKEN, PICK_TOKEN], np.int64)
@@ -111,12 +111,19 @@ def _that_may_stay(peaks: Peaks | None, params: SamplingParams) -> Ints | None:
 
 def _scored(logits: Floats, temperature: float, ids: Ints | None) -> Kept:
     """Return the scores of some tokens, the likeliest among them; of all where ids is None. Drops those at -inf."""
-    scores = (logits if ids is None else logits[ids]).astype(np.float64)
-    scores /= temperature
-    scores -= scores.max()
+    scores = _scores(logits if ids is None else logits[ids], temperature)
     ids = np.arange(scores.size) if ids is None else ids
     finite = scores > -np.inf
     return Kept(ids, scores) if finite.all() else Kept(ids[finite], scores[finite])
+
+
+def _scores(logits: Floats, temperature: float) -> F64:
+    """Return logits over a temperature less the greatest, in float64."""
+    scores = logits.astype(np.float64)
+    if temperature != 1.0:
+        scores /= temperature
+    scores -= scores.max()
+    return scores
 
 
 def _only(kept: Kept, where: NDArray[np.bool_]) -> Kept:
@@ -213,7 +220,7 @@ class _Race:
 
     def is_won(self, tail_mass: float) -> bool:
         """Whether the head wins against a tail whose weights don't add up to this mass."""
-        return self.value > float(np.log(tail_mass)) + self.tail_noise
+        return tail_mass == 0.0 or self.value > float(np.log(tail_mass)) + self.tail_noise
 
     def rest(self, mass: float) -> float:
         """Return a number that the tail's weights don't add up to, from a mass of all that float32 gave."""
@@ -246,19 +253,26 @@ def draw(kept: Kept, seed: int, position: int) -> int:
     race = _run(kept, seed, position)
     # In float32 the tail costs little, and most races need no more of it.
     mass = float(np.exp(np.maximum(kept.scores, _NO_WEIGHT).astype(np.float32)).sum())
-    return race.token if race.is_won(race.rest(mass)) else _settle(race, kept)
-
-
-def _settle(race: _Race, kept: Kept) -> int:
-    """Return a race's outcome, with the tail as it is."""
+    if race.is_won(race.rest(mass)):
+        return race.token
     scores = kept.scores.copy()
-    scores[np.searchsorted(kept.ids, race.head)] = -np.inf  # a weight of 0 changes no sum
-    mass = np.cumsum(np.exp(scores))
+    scores[np.searchsorted(kept.ids, race.head)] = -np.inf
+    index = _of_tail(race, scores)
+    return race.token if index is None else int(kept.ids[index])
+
+
+def _of_tail(race: _Race, scores: F64) -> int | None:
+    """Return the place of the token that beats a race's winner, None where none does.
+
+    Args:
+        scores: float64 [n], by ascending token, -inf for the head's: a weight of 0 changes no sum. Written over.
+    """
+    last = scores.size - 1 - int(np.argmax(scores[::-1] > -np.inf))
+    mass = np.cumsum(np.exp(scores, out=scores))
     # A tail so unlikely that its mass is 0, or one of no tokens, never wins.
     if mass[-1] == 0.0 or race.value >= float(np.log(mass[-1])) + race.tail_noise:
-        return race.token
-    index = int(np.searchsorted(mass, race.pick * mass[-1], side="right"))
-    return int(kept.ids[min(index, np.flatnonzero(scores > -np.inf)[-1])])
+        return None
+    return min(int(np.searchsorted(mass, race.pick * mass[-1], side="right")), last)
 
 
 def sample(logits: Floats, params: SamplingParams, seen: NDArray[np.bool_] | None, position: int) -> int:
@@ -272,7 +286,10 @@ def sample(logits: Floats, params: SamplingParams, seen: NDArray[np.bool_] | Non
     race = _run(_scored(logits, params.temperature, ids), params.seed, position)
     if race.is_won(peaks.mass_below(float(logits[race.head].min()))) or race.is_won(race.rest(peaks.mass())):
         return race.token
-    return _settle(race, _scored(logits, params.temperature, None))
+    scores = _scores(logits, params.temperature)
+    scores[race.head] = -np.inf
+    index = _of_tail(race, scores)
+    return race.token if index is None else index
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def sampling() -> list[dict[str, Any]]:
     ]
     rows += [
         ({"seed": seed, "vocab": vocab, "spread": spread}, formula_logits(seed, vocab, spread))
-        for seed, vocab, spread in [(1, 7, 2.0), (2, 64, 3.0), (3, 65, 3.0), (4, 1000, 6.0), (5, 5000, 1.0)]
+        for seed, vocab, spread in [(1, 7, 2.0), (2, 256, 3.0), (3, 257, 3.0), (4, 1000, 6.0), (5, 5000, 1.0)]
     ]
     params = [
         SamplingParams(),

@@ -17,7 +17,7 @@ namespace mirror {
 namespace {
 
 // Kept tokens with a Gumbel of their own; the others share one.
-constexpr std::size_t head_tokens = 64;
+constexpr std::size_t head_tokens = 256;
 
 template <typename Value>
 void require(bool holds, const char* name, Value found, const char* expected) {
