@@ -20,7 +20,16 @@ from mirror.runtime.candidates import CandidateSource, choose_branches
 from mirror.runtime.records import Candidates, Mode
 from mirror.targets.cpu import CpuDevice
 from mirror.tune import tune as tuning
-from mirror.tune.choices import Choice, Knowledge, Places, best_of_each, predict_mirror, predict_serial
+from mirror.tune.choices import (
+    Choice,
+    Knowledge,
+    Places,
+    Prediction,
+    best_of_each,
+    more_and_fewer_branches,
+    predict_mirror,
+    predict_serial,
+)
 from mirror.tune.costs import PassCosts, RoundShares, mirror_ms, pass_costs, propose_ms, serial_ms
 from mirror.tune.measure import Speed, Workload, probe, sample_prompts, widest
 from mirror.tune.observe import Notes, observed
@@ -246,7 +255,43 @@ def test_what_beats_plain_in_every_turn_is_written(own: Path, monkeypatch: pytes
     assert after.settings.gamma == len(after.settings.fanout) - 1
     assert dataclasses.replace(after, settings=Settings()) == before
     assert "1.50 times plain" in report.reason
-    assert sum(row.choice.mode is Mode.MIRROR for row in report.rows) == 2
+    assert sum(row.choice.mode is Mode.MIRROR for row in report.rows) >= 2
+
+
+def test_the_fastest_is_run_with_more_and_fewer_branches_as_long_as_that_helps(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Choice] = []
+
+    def speed(choice: Choice, turn: int) -> float:
+        ran.append(choice)
+        return 20.0 - choice.branches if choice.mode is Mode.MIRROR else 10.0
+
+    racing(monkeypatch, speed)
+    report = tune_bundle(own, dataclasses.replace(QUICK, tries=1), silent)
+    mirror = {choice for choice in ran if choice.mode is Mode.MIRROR}
+    assert report.chosen.choice.branches == 4
+    assert {choice.branches for choice in mirror} > {4}
+    turns = {choice: ran.count(choice) for choice in ran}
+    assert set(turns.values()) == {QUICK.turns}
+    assert {dataclasses.replace(choice, fanout=()) for choice in mirror} == {
+        dataclasses.replace(report.chosen.choice, fanout=())
+    }
+
+
+def test_branches_are_halved_and_doubled_where_all_else_is_alike() -> None:
+    def told(branches: int, gamma: int = 3) -> Prediction:
+        choice = Choice(Mode.MIRROR, HERE, 2, gamma, CandidateSource.BOTH, (branches, *[0] * gamma))
+        return Prediction(choice, 1.0, RoundShares(0.5, 2.0))
+
+    all_told = [told(count) for count in (4, 8, 12, 16, 24, 32)] + [told(6, gamma=2), told(24, gamma=2)]
+
+    def near(branches: int) -> list[int]:
+        return [item.choice.branches for item in more_and_fewer_branches(told(branches).choice, all_told)]
+
+    assert near(16) == [8, 32]
+    assert near(4) == [8]
+    assert near(32) == [16]
 
 
 @pytest.mark.parametrize("worst", [9.9, 10.1])

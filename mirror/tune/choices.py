@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -153,6 +153,17 @@ def best_of_each(predictions: Sequence[Prediction], count: int) -> list[Predicti
         choice = item.choice
         best.setdefault((str(choice.places), choice.exit_layer, choice.source.value), item)
     return list(best.values())[:count]
+
+
+def more_and_fewer_branches(choice: Choice, predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Return those predictions that differ from a mirror choice in branches alone, about half and twice as many."""
+    alike = [item for item in predictions if replace(item.choice, fanout=choice.fanout) == choice]
+    near = []
+    for wanted in (choice.branches / 2, choice.branches * 2):
+        side = [item for item in alike if (item.choice.branches < choice.branches) == (wanted < choice.branches)]
+        others = [item for item in side if item.choice.branches != choice.branches]
+        near += [min(others, key=lambda item: abs(item.choice.branches - wanted))] if others else []
+    return near
 
 
 def _committed(shares: Shares) -> float:

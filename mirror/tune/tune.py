@@ -12,7 +12,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,16 @@ from mirror.errors import DeviceError, RequestError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.records import Mode
 from mirror.targets import list_devices
-from mirror.tune.choices import Choice, Knowledge, Places, Prediction, best_of_each, predict_mirror, predict_serial
+from mirror.tune.choices import (
+    Choice,
+    Knowledge,
+    Places,
+    Prediction,
+    best_of_each,
+    more_and_fewer_branches,
+    predict_mirror,
+    predict_serial,
+)
 from mirror.tune.costs import PassCosts
 from mirror.tune.measure import Probe, Speed, Workload, accepted_counts, probe, sample_prompts, speed, widest
 from mirror.tune.outcomes import Sample, Shares, accepted_shares, foresee, rank_tokens, shares_of_counts
@@ -169,13 +178,15 @@ def tune_bundle(bundle: Path, options: TuneOptions, say: Say, *, write: bool = T
         known: list[Knowledge] = []
         if manifest.draft is not None and manifest.draft.kind == "model":
             known = list(_explore(folders, manifest, targets, drafts, options, work, say))
-        predictions = _promising(known, manifest, options)
+        mirror = [item for part in known for item in predict_mirror(part, manifest.decoding.kappa)]
+        serial = [item for part in known for item in predict_serial(part)]
+        predictions = [*best_of_each(mirror, options.tries), *best_of_each(serial, 1)]
         tried = [item.choice for item in predictions] or _unpredicted(manifest, targets, drafts, options)
         plain = [
             Choice(Mode.PLAIN, Places(target, target, options.suffix_device), manifest.decoding.exit_layer)
             for target in targets
         ]
-        rows = _race(folders, [*plain, *tried], predictions, work, options.turns, say)
+        rows = _race(folders, [*plain, *tried], mirror + serial, work, options.turns, say)
     report = _decide(rows)
     if write:
         _write(bundle, manifest, report)
@@ -343,13 +354,6 @@ def _knowledge(
     return Knowledge(places, layer, found.mirror.cut_at(share), found.serial.cut_at(share), foresight, stands)
 
 
-def _promising(known: Sequence[Knowledge], manifest: Manifest, options: TuneOptions) -> list[Prediction]:
-    """Return the mirror predictions that are worth a run, and the best serial one."""
-    mirror = [item for part in known for item in predict_mirror(part, manifest.decoding.kappa)]
-    serial = [item for part in known for item in predict_serial(part)]
-    return [*best_of_each(mirror, options.tries), *best_of_each(serial, 1)]
-
-
 def _race(
     folders: Mapping[int, Path],
     choices: Sequence[Choice],
@@ -358,16 +362,32 @@ def _race(
     turns: int,
     say: Say,
 ) -> list[Row]:
-    """Run every choice in turns and return the rows, plain ones first."""
+    """Run every choice in turns, and what lies beside the fastest mirror one; return the rows, plain ones first.
+
+    Args:
+        predictions: of all that may be chosen.
+    """
     speeds: dict[Choice, list[Speed]] = {}
-    for turn in range(turns):
-        say(f"running {len(choices)} choices, turn {turn + 1} of {turns}")
-        for choice in list(choices):
+
+    def run(some: Sequence[Choice]) -> None:
+        for choice in some:
             try:
                 speeds.setdefault(choice, []).append(speed(folders[choice.exit_layer], choice, work))
             except DeviceError as error:
                 say(f"left out: {choice.mode.value} on {choice.places}: {error}")
-                choices = [other for other in choices if other != choice]
+                del speeds[choice]
+
+    say(f"running {len(choices)} choices, turn 1 of {turns}")
+    run(choices)
+    # What branches cost is foreseen the worst: passes were timed one by one, and follow each other in a rollout.
+    left_out = set(choices) - set(speeds)
+    while beside := _beside_fastest(speeds, predictions, left_out):
+        say(f"running {' and '.join(str(choice.branches) for choice in beside)} branches, turn 1 of {turns}")
+        run(beside)
+        left_out |= set(beside) - set(speeds)
+    for turn in range(1, turns):
+        say(f"running {len(speeds)} choices, turn {turn + 1} of {turns}")
+        run(list(speeds))
     done = {choice: found for choice, found in speeds.items() if len(found) == turns}
     plain = [found for choice, found in done.items() if choice.mode is Mode.PLAIN]
     if not plain:
@@ -375,6 +395,18 @@ def _race(
     best = [max(found[turn].tokens_per_s for found in plain) for turn in range(turns)]
     told = {item.choice: item for item in predictions}
     return [_row(choice, told.get(choice), found, best, plain[0]) for choice, found in done.items()]
+
+
+def _beside_fastest(
+    speeds: Mapping[Choice, Sequence[Speed]], predictions: Sequence[Prediction], left_out: Collection[Choice]
+) -> list[Choice]:
+    """Return what has not been run of the choices that have fewer or more branches than the fastest mirror one."""
+    mirror = [choice for choice in speeds if choice.mode is Mode.MIRROR]
+    if not mirror:
+        return []
+    fastest = max(mirror, key=lambda choice: speeds[choice][0].tokens_per_s)
+    near = [item.choice for item in more_and_fewer_branches(fastest, predictions)]
+    return [choice for choice in near if choice not in speeds and choice not in left_out]
 
 
 def _row(
