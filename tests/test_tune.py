@@ -145,6 +145,16 @@ def test_pass_times_lie_on_a_line() -> None:
     assert measured.points["draft"] == ((1, 2.0), (4, 4.0))
 
 
+def test_widths_seen_once_or_twice_tell_nothing_where_others_were_seen_often() -> None:
+    seen = {
+        ("draft", 8): [0.001] * 5,
+        ("draft", 64): [0.09, 0.08],
+        ("draft", 96): [0.002] * 9,
+        ("exit_head", 8): [0.004],
+    }
+    assert pass_costs(seen, 0.1).points == {"draft": ((8, 1.0), (96, 2.0)), "exit_head": ((8, 4.0),)}
+
+
 def test_a_hidden_rollout_costs_nothing_and_a_long_one_what_sticks_out() -> None:
     always = RoundShares(1.0, 3.0)
     # Starts at 2 ms, three passes of 2 ms end at 8; the target ends at 10.

@@ -11,6 +11,8 @@ import numpy as np
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.lookahead import BranchPass, branch_passes
 
+_OFTEN = 5
+
 
 @dataclass(frozen=True)
 class PassCosts:
@@ -47,10 +49,15 @@ class PassCosts:
 
 
 def pass_costs(seconds: Mapping[tuple[str, int], Sequence[float]], host_ms: float) -> PassCosts:
-    """Return the median time of each segment at each width."""
+    """Return the median time of each segment at each width, of those alone that were seen often if some were.
+
+    A device plans or records a shape in its first passes, so a width that was seen once or twice tells nothing.
+    """
+    often = {segment for (segment, _), times in seconds.items() if len(times) >= _OFTEN}
     points: dict[str, list[tuple[int, float]]] = {}
     for (segment, width), times in sorted(seconds.items()):
-        points.setdefault(segment, []).append((width, 1e3 * statistics.median(times)))
+        if len(times) >= _OFTEN or segment not in often:
+            points.setdefault(segment, []).append((width, 1e3 * statistics.median(times)))
     return PassCosts({segment: tuple(items) for segment, items in points.items()}, host_ms)
 
 
