@@ -267,7 +267,7 @@ def _of_tail(race: _Race, scores: F64) -> int | None:
     Args:
         scores: float64 [n], by ascending token, -inf for the head's: a weight of 0 changes no sum. Written over.
     """
-    last = scores.size - 1 - int(np.argmax(scores[::-1] > -np.inf))
+    last = scores.size - 1 - int(np.argmax(scores[::-1] > -np.inf))  # the choice if rounding leaves none
     mass = np.cumsum(np.exp(scores, out=scores))
     # A tail so unlikely that its mass is 0, or one of no tokens, never wins.
     if mass[-1] == 0.0 or race.value >= float(np.log(mass[-1])) + race.tail_noise:

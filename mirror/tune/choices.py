@@ -158,12 +158,15 @@ def best_of_each(predictions: Sequence[Prediction], count: int) -> list[Predicti
 def more_and_fewer_branches(choice: Choice, predictions: Sequence[Prediction]) -> list[Prediction]:
     """Return those predictions that differ from a mirror choice in branches alone, about half and twice as many."""
     alike = [item for item in predictions if replace(item.choice, fanout=choice.fanout) == choice]
-    near = []
-    for wanted in (choice.branches / 2, choice.branches * 2):
-        side = [item for item in alike if (item.choice.branches < choice.branches) == (wanted < choice.branches)]
-        others = [item for item in side if item.choice.branches != choice.branches]
-        near += [min(others, key=lambda item: abs(item.choice.branches - wanted))] if others else []
-    return near
+    fewer = [item for item in alike if item.choice.branches < choice.branches]
+    more = [item for item in alike if item.choice.branches > choice.branches]
+    return [
+        _nearest(side, wanted) for side, wanted in ((fewer, choice.branches / 2), (more, 2 * choice.branches)) if side
+    ]
+
+
+def _nearest(predictions: Sequence[Prediction], branches: float) -> Prediction:
+    return min(predictions, key=lambda item: abs(item.choice.branches - branches))
 
 
 def _committed(shares: Shares) -> float:
