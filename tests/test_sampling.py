@@ -311,7 +311,7 @@ def test_a_row_of_one_head_and_no_tail_has_no_tail_to_lose_to() -> None:
 def test_the_whole_row_is_left_alone_where_the_head_is_sure_to_win(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = np.zeros(20_011, np.float32)
     logits[[3, 7_000]] = 40
-    monkeypatch.setattr(sampling, "_of_tail", lambda race, scores: pytest.fail("the tail was summed up"))
+    monkeypatch.setattr(sampling, "_of_tail", lambda race, scores, head: pytest.fail("the tail was summed up"))
     monkeypatch.setattr(Peaks, "mass", lambda peaks: pytest.fail("the row's exponentials were taken"))
     sampler = Sampler(SamplingParams(1.0, seed=9), logits.size, NO_CONTEXT)
     assert {sampler.choose(logits, position) for position in range(20)} == {3, 7_000}

@@ -265,7 +265,8 @@ def test_what_beats_plain_in_every_turn_is_written(own: Path, monkeypatch: pytes
     assert after.settings.gamma == len(after.settings.fanout) - 1
     assert dataclasses.replace(after, settings=Settings()) == before
     assert "1.50 times plain" in report.reason
-    assert sum(row.choice.mode is Mode.MIRROR for row in report.rows) >= 2
+    # As many tries, each of a source; what has more or fewer branches shares the fastest one's.
+    assert len({row.choice.source for row in report.rows if row.choice.mode is Mode.MIRROR}) == 2
 
 
 def test_the_fastest_is_run_with_more_and_fewer_branches_as_long_as_that_helps(
@@ -294,13 +295,13 @@ def test_branches_are_halved_and_doubled_where_all_else_is_alike() -> None:
         choice = Choice(Mode.MIRROR, HERE, 2, gamma, CandidateSource.BOTH, (branches, *[0] * gamma))
         return Prediction(choice, 1.0, RoundShares(0.5, 2.0))
 
-    all_told = [told(count) for count in (4, 8, 12, 16, 24, 32)] + [told(6, gamma=2), told(24, gamma=2)]
+    all_told = [told(count) for count in (4, 10, 12, 16, 24, 32)] + [told(8, gamma=2), told(64, gamma=2)]
 
     def near(branches: int) -> list[int]:
         return [item.choice.branches for item in more_and_fewer_branches(told(branches).choice, all_told)]
 
-    assert near(16) == [8, 32]
-    assert near(4) == [8]
+    assert near(16) == [10, 32]
+    assert near(4) == [10]
     assert near(32) == [16]
 
 

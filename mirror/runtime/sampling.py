@@ -255,18 +255,18 @@ def draw(kept: Kept, seed: int, position: int) -> int:
     mass = float(np.exp(np.maximum(kept.scores, _NO_WEIGHT).astype(np.float32)).sum())
     if race.is_won(race.rest(mass)):
         return race.token
-    scores = kept.scores.copy()
-    scores[np.searchsorted(kept.ids, race.head)] = -np.inf
-    index = _of_tail(race, scores)
+    index = _of_tail(race, kept.scores.copy(), np.searchsorted(kept.ids, race.head))
     return race.token if index is None else int(kept.ids[index])
 
 
-def _of_tail(race: _Race, scores: F64) -> int | None:
-    """Return the place of the token that beats a race's winner, None where none does.
+def _of_tail(race: _Race, scores: F64, head: Ints) -> int | None:
+    """Return the place of the tail's token that beats a race's winner, None where none does.
 
     Args:
-        scores: float64 [n], by ascending token, -inf for the head's: a weight of 0 changes no sum. Written over.
+        scores: float64 [n], of all tokens, by ascending token. Written over.
+        head: int64 [HEAD_TOKENS], places of the head's among them.
     """
+    scores[head] = -np.inf  # a weight of 0 changes no sum
     last = scores.size - 1 - int(np.argmax(scores[::-1] > -np.inf))  # the choice if rounding leaves none
     mass = np.cumsum(np.exp(scores, out=scores))
     # A tail so unlikely that its mass is 0, or one of no tokens, never wins.
@@ -286,9 +286,7 @@ def sample(logits: Floats, params: SamplingParams, seen: NDArray[np.bool_] | Non
     race = _run(_scored(logits, params.temperature, ids), params.seed, position)
     if race.is_won(peaks.mass_below(float(logits[race.head].min()))) or race.is_won(race.rest(peaks.mass())):
         return race.token
-    scores = _scores(logits, params.temperature)
-    scores[race.head] = -np.inf
-    index = _of_tail(race, scores)
+    index = _of_tail(race, _scores(logits, params.temperature), race.head)
     return race.token if index is None else index
 
 

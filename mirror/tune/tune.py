@@ -12,7 +12,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -380,11 +380,11 @@ def _race(
     say(f"running {len(choices)} choices, turn 1 of {turns}")
     run(choices)
     # What branches cost is foreseen the worst: passes were timed one by one, and follow each other in a rollout.
-    left_out = set(choices) - set(speeds)
-    while beside := _beside_fastest(speeds, predictions, left_out):
+    tried = set(choices)
+    while beside := [choice for choice in _beside_fastest(speeds, predictions) if choice not in tried]:
         say(f"running {' and '.join(str(choice.branches) for choice in beside)} branches, turn 1 of {turns}")
         run(beside)
-        left_out |= set(beside) - set(speeds)
+        tried.update(beside)
     for turn in range(1, turns):
         say(f"running {len(speeds)} choices, turn {turn + 1} of {turns}")
         run(list(speeds))
@@ -397,16 +397,13 @@ def _race(
     return [_row(choice, told.get(choice), found, best, plain[0]) for choice, found in done.items()]
 
 
-def _beside_fastest(
-    speeds: Mapping[Choice, Sequence[Speed]], predictions: Sequence[Prediction], left_out: Collection[Choice]
-) -> list[Choice]:
-    """Return what has not been run of the choices that have fewer or more branches than the fastest mirror one."""
+def _beside_fastest(speeds: Mapping[Choice, Sequence[Speed]], predictions: Sequence[Prediction]) -> list[Choice]:
+    """Return the choices with fewer and with more branches than the fastest mirror one of the first turn."""
     mirror = [choice for choice in speeds if choice.mode is Mode.MIRROR]
     if not mirror:
         return []
     fastest = max(mirror, key=lambda choice: speeds[choice][0].tokens_per_s)
-    near = [item.choice for item in more_and_fewer_branches(fastest, predictions)]
-    return [choice for choice in near if choice not in speeds and choice not in left_out]
+    return [item.choice for item in more_and_fewer_branches(fastest, predictions)]
 
 
 def _row(
