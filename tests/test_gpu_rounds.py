@@ -104,13 +104,17 @@ def test_settings_that_mean_nothing_are_refused(text: str, message: str) -> None
 
 def test_step_and_rollout_run_alone_and_at_once(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "overlap.json"
-    options = ["--target-device", "cpu", "--draft-device", "cpu", "--context", "20", "--max-length", "64"]
-    run = CliRunner().invoke(gpu_overlap.main, [str(bundle), *options, "--out", str(out)])
+    options = ["--target-device", "cpu", "--draft-device", "cpu", "--context", "20", "--context", "30"]
+    variants = ["--settings", "", "--settings", "gamma=2 fanout=2,2,1", "--max-length", "64"]
+    run = CliRunner().invoke(gpu_overlap.main, [str(bundle), *options, *variants, "--out", str(out)])
     assert run.exit_code == 0, run.output
-    (found,) = json.loads(out.read_text())["rows"]
-    assert found["hidden"] == 1 - (found["both_ms"] - found["step_ms"]) / found["rollout_ms"]
-    assert found["both_ms"] >= found["step_beside_ms"] > 0
-    assert 0 <= found["device_overlap"] <= 1
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["context"] for row in rows] == [20, 30, 20, 30]
+    assert [row["branches"] for row in rows[2:]] == [5, 5]
+    for found in rows:
+        assert found["hidden"] == 1 - (found["both_ms"] - found["step_ms"]) / found["rollout_ms"]
+        assert found["both_ms"] >= found["step_beside_ms"] > 0
+        assert 0 <= found["device_overlap"] <= 1
 
 
 def test_a_shared_device_loads_a_segment_once(bundle: Path) -> None:

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,10 @@ class Overlap:
         logprobs = None if kept.logprobs is None else kept.logprobs.copy()
         self._candidates = Candidates(kept.ids.copy(), logprobs)
 
+    def close(self) -> None:
+        """End the draft's thread."""
+        self._seat.close()
+
     def step(self, meeting: Meeting) -> None:
         """Run the target's step, offering the exit's candidates on the way if they are wanted."""
         state = self._target.run_prefix(self._window, self._context.size - 1)
@@ -152,16 +157,19 @@ def device_overlap(ran: Sequence[Ran]) -> float:
 
 
 def load_overlap(
-    folder: Path, manifest: Manifest, target: Device, draft: Device, options: EngineOptions, context: int
+    folder: Path, manifest: Manifest, target: Device, draft: Device, base: EngineOptions, settings: str, context: int
 ) -> Overlap:
-    """Load a bundle on two devices and read a context of random tokens."""
+    """Load a bundle on two devices and read a context of random tokens.
+
+    Settings are the draft's: the target's passes keep the bundle's width, as they do in answers with narrower windows.
+    """
     shared = target.name == "cpu" and not draft.name.startswith("cuda")
-    plan = make_plan(manifest, options, shared_cpu=shared)
+    plan = make_plan(manifest, read_settings(settings, base), shared_cpu=shared)
     numbers = np.random.default_rng(0)
     tokens = numbers.integers(0, _known_tokens(manifest), context + 1)
     window = np.concatenate([tokens[-1:], numbers.integers(0, _known_tokens(manifest), plan.gamma)])
     seat = DraftSeat(load_draft(folder, manifest, draft, plan), _TIMEOUT_S)
-    loaded = load_target(folder, manifest, target, plan)
+    loaded = load_target(folder, manifest, target, make_plan(manifest, base, shared_cpu=shared))
     return Overlap(loaded, seat, plan, tokens, window, manifest.decoding.prefill_chunk)
 
 
@@ -181,32 +189,32 @@ def _ms(run: Callable[[], object]) -> float:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target-device", default="cuda:0", show_default=True)
 @click.option("--draft-device", "draft_devices", multiple=True, default=["cuda:0"], show_default=True)
-@click.option("--context", default=500, show_default=True)
+@click.option("--context", "contexts", multiple=True, type=int, default=[500], show_default=True)
 @click.option("--max-length", default=1024, show_default=True)
-@click.option("--settings", default="", help="Of the draft, such as 'candidates=draft tokens_per_pass=1'.")
+@click.option("--settings", "variants", multiple=True, default=[""], help="Such as 'candidates=draft kappa=4'.")
 @click.option("--threads", type=int, default=None, help="CPU threads in all; the target's feeder is one of them.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
     bundle: Path,
     target_device: str,
     draft_devices: Sequence[str],
-    context: int,
+    contexts: Sequence[int],
     max_length: int,
-    settings: str,
+    variants: Sequence[str],
     threads: int | None,
     out: Path,
 ) -> None:
-    """Measure how much of a rollout of BUNDLE's draft is hidden behind its target's step."""
+    """Measure how much of a rollout of BUNDLE's draft is hidden behind its target's step, for all of what is given."""
     manifest, clock = read_manifest(bundle), PassClock()
     target = SharedDevice(open_watched(target_device, clock, Lane.TARGET))
     facts = {**provenance("mirror.bench.gpu_overlap"), "gpu": gpu_name(0), "bundle": bundle.name}
     rows: list[dict[str, Any]] = []
-    for name in draft_devices:
+    for name, settings, context in product(draft_devices, variants, contexts):
         draft = open_watched(name, clock, Lane.DRAFT)
         base = EngineOptions(mode=Mode.MIRROR, max_length=max_length, threads=threads, pinned=True)
-        options = read_settings(settings, base)
-        overlap = load_overlap(bundle, manifest, target, draft, options, context)
+        overlap = load_overlap(bundle, manifest, target, draft, base, settings, context)
         rows.append({"draft_device": name, "settings": settings, **vars(overlap.measure(clock))})
+        overlap.close()
         click.echo(json.dumps(rows[-1]))
         out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
