@@ -281,14 +281,28 @@ def without_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda.CudaDevice, "_session_on", session_on)
 
 
+def _request(capacity: int) -> LoadRequest:
+    return LoadRequest(Path("bundle"), Segment("target_prefix", (), {}), [PassShape(8)], capacity, 1)
+
+
 @pytest.mark.usefixtures("two_gpus", "without_sessions")
 def test_attention_that_would_run_on_the_cpu_is_refused() -> None:
     """It would copy the whole cache to the host and back in every layer, unsaid."""
     device = open_device("cuda:0")
     assert isinstance(device, cuda.CudaDevice)
     with pytest.raises(DeviceError, match=r"cuda:0 computes attention in fp16 and bf16.*--precision fp16, bf16"):
-        device._open_session(Path("float32.onnx"), "target_prefix", 1)
-    assert device._open_session(Path("half.onnx"), "target_prefix", 1)[1].replays
+        device._open_session(Path("float32.onnx"), _request(512))
+    assert device._open_session(Path("half.onnx"), _request(512))[1].replays
+
+
+@pytest.mark.usefixtures("two_gpus", "without_sessions")
+def test_long_caches_are_attended_by_flash_attention() -> None:
+    """Of two kernels on Hopper the one serves short contexts, the other long ones; a session has one."""
+    device = open_device("cuda:0")
+    assert isinstance(device, cuda.CudaDevice)
+    short, long = (device._open_session(Path("half.onnx"), _request(capacity))[1] for capacity in (2048, 8192))
+    assert "sdpa_kernel" not in short.options
+    assert long.options == {**short.options, "sdpa_kernel": "1"}
 
 
 def test_a_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from tests.families import make_checkpoint
 from tests.traces import remembering
 
 OPTIONS = ExportOptions(max_length=200, draft="layers:0,3")
+_GATE_AND_UP = "model.layers.0.mlp.gate_proj.weight+up_proj"
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,37 @@ def test_converted_weights_are_written_once(tmp_path: Path, llama: Path) -> None
     assert stored * 2 <= size < stored * 2 + pages
 
 
+def test_matrices_that_adjoin_in_the_checkpoint_are_linked_as_one(tmp_path: Path, llama: Path) -> None:
+    """Gate and up do in files that transformers wrote; query, key and value don't, so they are written anew."""
+    half = shutil.copytree(llama, tmp_path / "half")
+    tensors = {name: tensor.half() for name, tensor in load_file(half / "model.safetensors").items()}
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    report = export_bundle(str(half), tmp_path / "bundle", dataclasses.replace(OPTIONS, precision="fp16"))
+    assert report.check.skipped is None
+    weights = ir.load(tmp_path / "bundle" / "target_prefix.onnx").graph.initializers
+    both = weights[_GATE_AND_UP].const_value
+    assert isinstance(both, ir.ExternalTensor)
+    assert both.location == "weights/model.safetensors"
+    parts = [tensors[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+    stored = (tmp_path / "bundle" / both.location).read_bytes()[both.offset : both.offset + both.length]
+    assert stored == torch.cat(parts).numpy().tobytes()
+    packed = weights["model.layers.0.self_attn.q_proj.weight+k_proj+v_proj"].const_value
+    assert isinstance(packed, ir.ExternalTensor)
+    assert packed.location == "weights/mirror.bin"
+
+
+@pytest.mark.parametrize(
+    ("family", "packed"), [("llama", True), ("gemma2", True), ("cohere", True), ("phi3", False), ("gpt_neox", False)]
+)
+def test_gate_and_up_become_one_product(family: str, packed: bool, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(family, tmp_path / "checkpoint")
+    report = export_bundle(str(checkpoint), tmp_path / "bundle", dataclasses.replace(OPTIONS, precision="fp16"))
+    assert report.check.skipped is None
+    for name in ("target_prefix", "target_suffix"):
+        weights = ir.load(tmp_path / "bundle" / f"{name}.onnx").graph.initializers
+        assert sum(key.endswith("gate_proj.weight+up_proj") for key in weights) == (2 if packed else 0)
+
+
 def test_rotary_tables_take_the_type_of_what_they_turn(tmp_path: Path) -> None:
     """OLMo 2 turns queries by float32 tables, whatever type they have; the operator wants one type."""
     checkpoint = make_checkpoint("olmo2", tmp_path / "olmo2")
@@ -116,9 +148,10 @@ def test_rotary_tables_take_the_type_of_what_they_turn(tmp_path: Path) -> None:
 def test_bf16_is_written_though_no_cpu_runtime_computes_it(tmp_path: Path, llama: Path) -> None:
     report = export_bundle(str(llama), tmp_path / "bundle", dataclasses.replace(OPTIONS, precision="bf16"))
     assert report.check.skipped is not None
-    weight = ir.load(tmp_path / "bundle" / "target_prefix.onnx").graph.initializers["model.layers.0.mlp.up_proj.weight"]
+    weight = ir.load(tmp_path / "bundle" / "target_prefix.onnx").graph.initializers[_GATE_AND_UP]
     assert weight.const_value.dtype is ir.DataType.BFLOAT16
-    expected = load_file(llama / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].bfloat16()
+    stored = load_file(llama / "model.safetensors")
+    expected = torch.cat([stored[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up")]).bfloat16()
     assert weight.const_value.tobytes() == expected.view(torch.int16).numpy().tobytes()
 
 

@@ -49,10 +49,12 @@ def test_arms_answer_the_same_questions_over_one_target(bundle: Path, questions:
     options = ["--target-device", "cpu", "--draft-device", "cpu", "--tokens", "40", "--max-length", "64"]
     files = ["--questions", str(questions), "--per-category", "2", "--traces", str(traces), "--out", str(out)]
     run = CliRunner().invoke(
-        gpu_rounds.main, [str(bundle), *options, *files, "--temperature", "0", "--temperature", "1"]
+        gpu_rounds.main,
+        [str(bundle), *options, *files, "--preface", "6", "--temperature", "0", "--temperature", "1"],
     )
     assert run.exit_code == 0, run.output
     found = json.loads(out.read_text())
+    assert {row["prompt_tokens"] for row in found["rows"]} == {6 + len("\n\n") + 3.75}
     assert found["questions"]["numbers"] == [1, 2, 3, 4]  # two of each category, MT-bench's kinds being one
     assert [row["arm"] for row in found["rows"]] == ["plain", "serial + cpu", "mirror + cpu"] * 2
     assert [row["temperature"] for row in found["rows"]] == [0.0] * 3 + [1.0] * 3

@@ -20,6 +20,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from mirror.bench.gpu_devices import open_watched
 from mirror.bench.gpu_shared import SharedDevice
 from mirror.bench.prompts import load_prompts
 from mirror.bench.provenance import gpu_name, provenance
-from mirror.bench.questions import Question, read_questions
+from mirror.bench.questions import Question, read_questions, with_preface
 from mirror.bench.settings import read_settings
 from mirror.bundle import Manifest, read_manifest
 from mirror.runtime.engine import Engine
@@ -123,6 +124,7 @@ def tokens_per_s(rounds: Iterable[Round]) -> float:
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0], show_default=True)
 @click.option("--questions", "questions_file", type=click.Path(path_type=Path), default=None)
 @click.option("--per-category", default=4, show_default=True)
+@click.option("--preface", default=0, show_default=True, help="Characters of other questions before each question.")
 @click.option("--tokens", default=64, show_default=True)
 @click.option("--repeats", default=1, show_default=True, help="Turns over each question.")
 @click.option("--max-length", type=int, default=None, help="The bundle's, if not given.")
@@ -138,6 +140,7 @@ def main(
     temperatures: Sequence[float],
     questions_file: Path | None,
     per_category: int,
+    preface: int,
     tokens: int,
     repeats: int,
     max_length: int | None,
@@ -152,7 +155,8 @@ def main(
     )
     target = SharedDevice(open_watched(target_device, clock, Lane.TARGET))
     arms, memory = load_arms(bundle, manifest, options, target, draft_devices, clock)
-    questions = own_questions(per_category) if questions_file is None else read_questions(questions_file, per_category)
+    asked_of = own_questions if questions_file is None else partial(read_questions, questions_file)
+    questions = with_preface(asked_of(per_category), asked_of(None), preface)
     facts = {
         **provenance("mirror.bench.gpu_rounds"),
         "gpu": gpu_name(0),
@@ -179,7 +183,7 @@ def main(
         arm.engine.close()
 
 
-def own_questions(per_kind: int) -> tuple[Question, ...]:
+def own_questions(per_kind: int | None) -> tuple[Question, ...]:
     """Return the project's own prompts as questions."""
     return tuple(Question(number, item.kind, item.text) for number, item in enumerate(load_prompts(per_kind)))
 
@@ -248,6 +252,7 @@ def row(arm: Arm, plain: Arm, questions: Sequence[Question]) -> dict[str, Any]:
         "same_text": all(
             result.tokens == tokens for turns, tokens in zip(arm.answers, first, strict=True) for result in turns
         ),
+        "prompt_tokens": statistics.fmean(_prompts(arm)),
         "events": sorted({event.message for turns in arm.answers for result in turns for event in result.events}),
         "tokens_per_s": tokens_per_s(arm.rounds),
         "over_plain": {
@@ -261,6 +266,10 @@ def row(arm: Arm, plain: Arm, questions: Sequence[Question]) -> dict[str, Any]:
         "round_after_redraft_ms": arm.round_ms(reused=False),
         **{name: getattr(facts, name) for name in (*RATES, *TERMS, *WAITS)},
     }
+
+
+def _prompts(arm: Arm) -> Iterator[int]:
+    return (result.statistics.prompt_tokens for turns in arm.answers for result in turns)
 
 
 def _rounds(results: Iterable[Result]) -> list[Round]:

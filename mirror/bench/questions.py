@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mirror.errors import RequestError
@@ -38,6 +38,17 @@ def read_questions(path: Path, per_category: int | None = None) -> tuple[Questio
         question = _question(path, number, line)
         groups.setdefault(question.category, []).append(question)
     return tuple(question for group in groups.values() for question in _spaced(group, per_category))
+
+
+def with_preface(questions: Sequence[Question], others: Sequence[Question], characters: int) -> tuple[Question, ...]:
+    """Return the questions, each after so much text of other ones: the same answers to find in a long context."""
+    texts = "\n\n".join(other.text for other in others)
+    step = max(1, len(texts) // max(1, len(questions)))
+    turned = (texts[place * step :] + "\n\n" + texts[: place * step] for place in range(len(questions)))
+    return tuple(
+        replace(question, text=f"{text[:characters]}\n\n{question.text}") if characters else question
+        for question, text in zip(questions, turned, strict=True)
+    )
 
 
 def _question(path: Path, number: int, line: str) -> Question:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from mirror.errors import ExportError
 from mirror.export.graphs import insert_before, is_op, replace, sizes
-from mirror.export.pack import Parts, pack_attention, single_parts
+from mirror.export.pack import Parts, pack_attention, pack_gates, single_parts
 from mirror.export.quantize import ORT, Quantised, Quantiser, gather_attributes, is_quantisable, matmul_attributes
 from mirror.export.trace import DOMAIN, Aliases
 from mirror.export.weights import DRAFT_SCOPE, FileTensor, Found, MemoryTensor, WeightFile, WeightSource
@@ -84,7 +85,7 @@ class Binder:
         parts = single_parts({name: names for name, names in parameters.items() if name in graph.initializers})
         # Graphs in 16 bits are a GPU's, whose narrow products cost more than writing these matrices anew.
         if self._writes(graph, parts) or self.dtype is not ir.DataType.FLOAT:
-            parts = pack_attention(graph, parts)
+            parts = pack_gates(graph, pack_attention(graph, parts))
         if self.precision.bits is not None:
             self._quantise(graph, parts, Quantiser(self.precision.bits, self.file, self.dtype))
         for name, pieces in parts.items():
@@ -112,9 +113,10 @@ class Binder:
     def _float_tensor(self, pieces: Parts, value: ir.Value) -> ir.ExternalTensor:
         """Return a reference to a parameter's bytes in the bundle's float type."""
         self._check_shape(pieces, value)
-        found = self._find(pieces[0])
-        if len(pieces) == 1 and self._is_usable(found.tensor):
-            return self._linked(found.tensor, found.key)
+        usable = [tensor for tensor in (self._find(piece).tensor for piece in pieces) if self._is_usable(tensor)]
+        whole = adjoining(usable) if len(usable) == len(pieces) else None
+        if whole is not None:
+            return self._linked(whole, self._key(pieces))
         key = f"{self._key(pieces)}:{self.dtype.name}"
         return self.file.store(key, self.dtype, sizes(value), lambda: self._array(pieces, self.dtype))
 
@@ -230,6 +232,17 @@ class Binder:
     def _set(self, value: ir.Value, tensor: ir.ExternalTensor) -> None:
         value.const_value = tensor
         value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(list(tensor.shape))
+
+
+def adjoining(tensors: Sequence[FileTensor]) -> FileTensor | None:
+    """Return tensors that lie one behind the other in a file as one, joined along their first dimension."""
+    whole = tensors[0]
+    for tensor in tensors[1:]:
+        if tensor.path != whole.path or tensor.offset != whole.offset + whole.length:
+            return None
+        shape = whole.shape[0] + tensor.shape[0], *whole.shape[1:]
+        whole = dataclasses.replace(whole, length=whole.length + tensor.length, shape=shape)
+    return whole
 
 
 def link_weights(path: Path, folder: Path, name: str) -> None:

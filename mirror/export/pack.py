@@ -1,6 +1,6 @@
-"""Join the query, key and value projections of a layer into one.
+"""Join the query, key and value projections of a layer into one, and its gate and up projections.
 
-One wide product instead of three narrow ones, and one packed input to the attention operator. Done
+One wide product instead of several narrow ones, and one packed input to the attention operator. Done
 where weights are written anyway, and in 16 bits: a float32 checkpoint whose bytes are used as they are stays unpacked.
 """
 
@@ -13,6 +13,11 @@ import onnx_ir as ir
 
 from mirror.export.graphs import constant, dimension, insert_before, is_op, sizes
 from mirror.export.trace import DOMAIN, Aliases
+
+# What activations are made of.
+_ELEMENTWISE = frozenset(
+    {"Add", "Cast", "Clip", "Div", "Erf", "Gelu", "Mul", "Pow", "Relu", "Sigmoid", "Softplus", "Tanh"}
+)
 
 Parts = tuple[Aliases, ...]  # checkpoint tensors, joined along their first dimension
 
@@ -33,6 +38,46 @@ def pack_attention(graph: ir.Graph, parts: dict[str, Parts]) -> dict[str, Parts]
         if len(found) == 3 and len({linear.inputs[0] for linear in found}) == 1 and _alike(found):
             _join(graph, found, parts)
     return parts
+
+
+def pack_gates(graph: ir.Graph, parts: dict[str, Parts]) -> dict[str, Parts]:
+    """Pack gate and up of every `act(gate(x)) * up(x)` in place; return the parts that each initializer is made of."""
+    parts = dict(parts)
+    for node in list(graph):
+        if node.op_type != "Mul":
+            continue
+        for gated, value in (node.inputs, node.inputs[::-1]):
+            up = value.producer() if value is not None else None
+            if up is None or not is_op(up, "Linear", DOMAIN):
+                continue
+            gates = _linears_behind(gated)
+            if len(gates) == 1 and gates[0] is not up and _joinable(gates[0], up):
+                _join(graph, [gates[0], up], parts)
+                break
+    return parts
+
+
+def _joinable(one: ir.Node, other: ir.Node) -> bool:
+    """Whether two linear layers read the same, and both have a bias or none has."""
+    return one.inputs[0] is other.inputs[0] and len(one.inputs) == len(other.inputs)
+
+
+def _linears_behind(value: ir.Value | None) -> list[ir.Node]:
+    """Return the linear layers that a value is an elementwise function of, and no others; none if it is of more."""
+    found: list[ir.Node] = []
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        node = current.producer() if current is not None else None
+        if node is None:  # a constant of the function
+            continue
+        if is_op(node, "Linear", DOMAIN):
+            found += [node] if node not in found else []
+        elif node.op_type in _ELEMENTWISE:
+            waiting += node.inputs
+        else:
+            return []
+    return found
 
 
 def _projection(value: ir.Value | None) -> ir.Node | None:

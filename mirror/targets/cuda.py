@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import onnxruntime as ort
 
 from mirror.bundle import Form
 from mirror.errors import DeviceError
+from mirror.targets.base import LoadRequest
 from mirror.targets.cuda_driver import load_driver
 from mirror.targets.cuda_runtime import CudaStream
 from mirror.targets.onnxruntime_session import DeviceStream, Memory, OnnxRuntimeDevice, Provider
@@ -25,6 +27,10 @@ INSTALL_CUDA = 'pip install "mirror-sd[cuda]" && pip install --force-reinstall -
 _NAME_BYTES = 256
 # What a GPU must compute itself: on the CPU it would copy the whole cache there and back in every layer.
 _ATTENTION = "GroupQueryAttention"
+# On Hopper ONNX Runtime takes cuDNN's attention, whose time grows the faster with the context. One kernel for all
+# passes of an engine: two would round differently.
+_FLASH_ATTENTION = "1"
+_LONG_CAPACITY = 4096
 
 
 class CudaDevice(OnnxRuntimeDevice):
@@ -47,8 +53,11 @@ class CudaDevice(OnnxRuntimeDevice):
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         return options
 
-    def _open_session(self, path: Path, segment_name: str, threads: int) -> tuple[ort.InferenceSession, Provider]:
-        session, provider = super()._open_session(path, segment_name, threads)
+    def _open_session(self, path: Path, request: LoadRequest) -> tuple[ort.InferenceSession, Provider]:
+        provider = self._provider
+        if request.capacity >= _LONG_CAPACITY:
+            provider = replace(provider, options={**provider.options, "sdpa_kernel": _FLASH_ATTENTION})
+        session = self._session_on(provider, path, request.segment.name, request.threads)
         if _ATTENTION in _operators_elsewhere(session):
             raise DeviceError(
                 f"{self.name} computes attention in fp16 and bf16, and {path.name} needs it in float32; export the "

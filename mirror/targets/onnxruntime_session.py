@@ -623,7 +623,7 @@ class OnnxRuntimeDevice:
                 f"{self._name} needs {segment.name} in {self._form.value} form, the bundle has "
                 f"{', '.join(sorted(form.value for form in segment.graphs))}; export the bundle again"
             )
-        session, provider = self._open_session(request.folder / graph.file, segment.name, request.threads)
+        session, provider = self._open_session(request.folder / graph.file, request)
         widths = widths_of(request.shapes) if provider.fixed_widths else None
         return OnnxRuntimeSegment(segment.name, session, graph, self._form, provider, widths)
 
@@ -655,9 +655,9 @@ class OnnxRuntimeDevice:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 
-    def _open_session(self, path: Path, segment_name: str, threads: int) -> tuple[ort.InferenceSession, Provider]:
+    def _open_session(self, path: Path, request: LoadRequest) -> tuple[ort.InferenceSession, Provider]:
         """Return a session on this device's provider, and the provider as the session has it."""
-        return self._session_on(self._provider, path, segment_name, threads), self._provider
+        return self._session_on(self._provider, path, request.segment.name, request.threads), self._provider
 
     def _session_on(self, provider: Provider, path: Path, segment_name: str, threads: int) -> ort.InferenceSession:
         if provider.name not in ort.get_available_providers():
