@@ -122,12 +122,18 @@ def test_step_and_rollout_run_alone_and_at_once(bundle: Path, tmp_path: Path) ->
 def test_a_shared_device_loads_a_segment_once(bundle: Path) -> None:
     manifest, device = read_manifest(bundle), SharedDevice(CpuDevice())
     requests = [
-        LoadRequest(bundle, manifest.segments[name], [PassShape(width)], 64, 1)
-        for name, width in (("target_prefix", 4), ("target_prefix", 4), ("target_prefix", 2), ("target_suffix", 4))
+        LoadRequest(bundle, manifest.segments[name], [PassShape(width)], slots, 1)
+        for name, width, slots in (
+            ("target_prefix", 4, 64),
+            ("target_prefix", 4, 64),
+            ("target_prefix", 2, 64),
+            ("target_prefix", 4, 128),
+            ("target_suffix", 4, 64),
+        )
     ]
-    first, again, narrow, other = (device.load_segment(request) for request in requests)
+    first, again, *others = (device.load_segment(request) for request in requests)
     assert first is again
-    assert len({id(first), id(narrow), id(other)}) == 3
+    assert len({id(first), *map(id, others)}) == 4
     layers = manifest.segments["target_prefix"].kv
     assert device.make_cache(layers, 64) is device.make_cache(layers, 64)
     assert device.make_cache(layers, 64) is not device.make_cache(layers, 32)

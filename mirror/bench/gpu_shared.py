@@ -20,12 +20,12 @@ class SharedDevice(OuterDevice):
 
     def __init__(self, inner: Device) -> None:
         super().__init__(inner)
-        self._kept: dict[tuple[Path, str, tuple[int, ...]], LoadedSegment] = {}
+        self._kept: dict[tuple[Path, str, tuple[int, ...], int], LoadedSegment] = {}
         self._caches: dict[tuple[tuple[LayerKV, ...], int], KVCache] = {}
 
     def load_segment(self, request: LoadRequest) -> LoadedSegment:
-        """Return the segment that was loaded for the same widths, or load it."""
-        key = request.folder, request.segment.name, widths_of(request.shapes)
+        """Return the segment that was loaded for the same widths and slots, or load it."""
+        key = request.folder, request.segment.name, widths_of(request.shapes), request.capacity
         if key not in self._kept:
             self._kept[key] = self._inner.load_segment(request)
         return self._kept[key]
