@@ -416,6 +416,11 @@ def plan(
     callback=read_counts,
     help="Tokens of each pass of a proposal.  [default: as for rollouts]",
 )
+@click.option(
+    "--draft-context",
+    type=click.IntRange(min=2),
+    help="Tokens of a context's end that the draft reads at most.  [default: the bundle's setting, else 2048]",
+)
 @click.option("--max-length", type=click.IntRange(min=2), help="Capacity in tokens.  [default: the bundle's]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads in all.  [default: the physical cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -430,6 +435,7 @@ def compile_ahead(
     tokens_per_pass: tuple[int, ...] | None,
     branches_per_pass: tuple[int, ...] | None,
     proposal_tokens_per_pass: tuple[int, ...] | None,
+    draft_context: int | None,
     max_length: int | None,
     threads: int | None,
     as_json: bool,
@@ -451,6 +457,7 @@ def compile_ahead(
         tokens_per_pass=tokens_per_pass,
         branches_per_pass=branches_per_pass,
         proposal_tokens_per_pass=proposal_tokens_per_pass,
+        draft_context=draft_context,
     )
     reports = [compile_bundle(bundle, open_compiler(name), options, print_notice, weights) for name in compile_for]
     if as_json:
@@ -543,6 +550,11 @@ def devices(as_json: bool) -> None:
     "--num-assistant-tokens", type=click.IntRange(min=1), help="The most draft tokens of a round.  [default: gamma]"
 )
 @click.option("--max-ngram-size", default=3, type=click.IntRange(min=1), help="Longest n-gram that is looked up.")
+@click.option(
+    "--draft-context",
+    type=click.IntRange(min=2),
+    help="Tokens of a context's end that the draft reads at most.  [default: the bundle's setting, else 2048]",
+)
 @click.option("--max-length", type=click.IntRange(min=2), help="Capacity in tokens.  [default: the bundle's]")
 @click.option("--pinned", is_flag=True, help="One width for every pass: the same text in all modes at any precision.")
 @click.option("--max-new-tokens", default=256, type=click.IntRange(min=1), help="Longest answer, in tokens.")
@@ -574,6 +586,7 @@ def run(
     tokens_per_pass: tuple[int, ...] | None,
     branches_per_pass: tuple[int, ...] | None,
     proposal_tokens_per_pass: tuple[int, ...] | None,
+    draft_context: int | None,
     num_assistant_tokens: int | None,
     max_ngram_size: int,
     max_length: int | None,
@@ -623,6 +636,7 @@ def run(
         tokens_per_pass=tokens_per_pass,
         branches_per_pass=branches_per_pass,
         proposal_tokens_per_pass=proposal_tokens_per_pass,
+        draft_context=draft_context,
         candidates=candidates,
         pinned=pinned,
         max_ngram_size=max_ngram_size,

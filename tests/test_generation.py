@@ -313,6 +313,7 @@ def test_random_models_windows_and_limits_give_the_plain_path(
     per_pass = per_pass if spec.draft_kind == "model" else [1]
     proposal = data.draw(st.none() | st.integers(1, 1 + spec.streams), "tokens per pass of a proposal")
     limits = data.draw(st.lists(st.integers(1, 12), max_size=3), "branches per pass")
+    read = data.draw(st.sampled_from([None, 2, 5, 12]), "draft context")
     modes = [data.draw(st.sampled_from([Mode.SERIAL, Mode.MIRROR]), "mode"), Mode.PLAIN]
     options = EngineOptions(
         mode=modes[0],
@@ -321,6 +322,7 @@ def test_random_models_windows_and_limits_give_the_plain_path(
         tokens_per_pass=tuple(per_pass),
         branches_per_pass=tuple(sorted(limits, reverse=True)) or None,
         proposal_tokens_per_pass=None if proposal is None or spec.draft_kind != "model" else (proposal,),
+        draft_context=read if spec.draft_kind == "model" and spec.feature_layer is None else None,
     )
     # Devices that compile ahead take few widths, so passes are padded.
     target_device = HookedDevice(form=form, static=data.draw(st.booleans(), "static target"))

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from mirror.bundle import NOISE_POSITIONS, NOISY_TOKENS, read_manifest
 from mirror.errors import DeviceError
-from mirror.runtime import noise_table
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft, Meeting
 from mirror.runtime.loading import Placement, load_draft, make_plan, memory_needs
@@ -149,7 +148,8 @@ def test_nothing_is_drawn_while_the_target_waits(tmp_path: Path, monkeypatch: py
         return found
 
     monkeypatch.setattr(ModelDraft, "propose", noted)
-    monkeypatch.setattr(noise_table, "gumbel", lambda values: (drawn.append(proposing[0]), gumbel(values))[1])
+    draw = CoupledNoise.gumbel_at
+    monkeypatch.setattr(CoupledNoise, "gumbel_at", lambda *given: (drawn.append(proposing[0]), draw(*given))[1])
     with open_engine(folder, EngineOptions(mode=mode), draft=launching(FakeStream(), [])) as engine:
         result = engine.generate_tokens([1, 2, 3], max_new_tokens=60, temperature=0.9, seed=5)
     assert sum(item.accepted for item in result.rounds) > 0

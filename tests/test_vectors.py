@@ -76,7 +76,7 @@ def test_manifests(tmp_path: Path, case: Any) -> None:
 @pytest.mark.parametrize("index", range(len(load("generations"))))
 def test_generations(bundles: Path, index: int) -> None:
     case = load("generations")[index]
-    names = "tokens_per_pass", "branches_per_pass", "proposal_tokens_per_pass"
+    names = "tokens_per_pass", "branches_per_pass", "proposal_tokens_per_pass", "draft_context"
     passes = {name: case[name] for name in names}
     with mirror.load(bundles / case["bundle"], mode=case["modes"][-1], **passes, threads=1) as engine:
         for mode in case["modes"]:

@@ -34,6 +34,7 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
     "tokens_per_pass": numbers,
     "branches_per_pass": numbers,
     "proposal_tokens_per_pass": numbers,
+    "draft_context": int,
 }
 
 

@@ -432,6 +432,7 @@ def load(
     tokens_per_pass: ListLike[int] | None = None,
     branches_per_pass: ListLike[int] | None = None,
     proposal_tokens_per_pass: ListLike[int] | None = None,
+    draft_context: int | None = None,
     candidates: str | CandidateSource | None = None,
     pinned: bool = False,
     draft_timeout_s: float = 30.0,
@@ -461,6 +462,8 @@ def load(
             repeats. None takes the bundle's setting, else all.
         proposal_tokens_per_pass: as `tokens_per_pass`, for proposals that the target waits for. None takes the
             bundle's setting, else `tokens_per_pass`.
+        draft_context: tokens of a context's end that the draft reads at most, 2 or more: fewer make its passes cheaper,
+            and drafts trained on short texts guess better. None takes the bundle's setting, else 2048.
         candidates: where the branches' first tokens come from: `exit`, `draft` or `both`; None takes the bundle's
             setting, else both.
         pinned: run every target pass after prefill at width gamma + 1, plain ones too, so that the
@@ -484,6 +487,7 @@ def load(
         tokens_per_pass=_counts(tokens_per_pass),
         branches_per_pass=_counts(branches_per_pass),
         proposal_tokens_per_pass=_counts(proposal_tokens_per_pass),
+        draft_context=draft_context,
         candidates=None if candidates is None else _source(candidates),
         pinned=pinned,
         draft_timeout_s=draft_timeout_s,

@@ -21,6 +21,7 @@ from mirror.runtime.model_draft import DraftSegments, DraftShape, ModelDraft, Sa
 from mirror.runtime.ngram_draft import NgramDraft
 from mirror.runtime.noise_table import NoiseTable
 from mirror.runtime.options import EngineOptions
+from mirror.runtime.recent_draft import RecentDraft
 from mirror.runtime.records import Ints, Mode
 from mirror.runtime.target import Target, TargetSegments
 from mirror.runtime.threads import physical_cores, split_threads
@@ -36,6 +37,7 @@ class Plan:
         tokens_per_pass: tokens that each of a rollout's passes gives a branch.
         branches_per_pass: branches that take part in each of them; empty for all.
         proposal_tokens_per_pass: tokens that each pass of a proposal gives.
+        draft_context: tokens of a context's end that the draft reads at most; `max_length` if all.
         target_threads, draft_threads: CPU threads of each.
     """
 
@@ -47,6 +49,7 @@ class Plan:
     tokens_per_pass: tuple[int, ...]
     branches_per_pass: tuple[int, ...]
     proposal_tokens_per_pass: tuple[int, ...]
+    draft_context: int
     target_threads: int
     draft_threads: int
     options: EngineOptions
@@ -59,7 +62,7 @@ class Plan:
     @property
     def draft_capacity(self) -> int:
         """Slots of the draft's cache."""
-        return self.max_length + self.rollout_slots
+        return self.draft_context + self.rollout_slots
 
     @property
     def rollout_slots(self) -> int:
@@ -87,17 +90,19 @@ def make_plan(manifest: Manifest, options: EngineOptions, *, shared_cpu: bool) -
         )
     gamma = options.gamma or settings.gamma or decoding.gamma
     tokens_per_pass = _tokens_per_pass(manifest, options)
+    max_length = _max_length(manifest, options)
     total = options.threads or physical_cores()
     target_threads, draft_threads = split_threads(total, mode, shared=shared_cpu)
     plan = Plan(
         mode=mode,
         source=options.candidates or CandidateSource(settings.candidates or CandidateSource.BOTH),
-        max_length=_max_length(manifest, options),
+        max_length=max_length,
         gamma=gamma,
         fanout=_fanout(manifest, options, gamma),
         tokens_per_pass=tokens_per_pass,
         branches_per_pass=_branches_per_pass(manifest, options),
         proposal_tokens_per_pass=_proposal_tokens_per_pass(manifest, options, tokens_per_pass),
+        draft_context=_draft_context(manifest, options, max_length),
         target_threads=target_threads,
         draft_threads=draft_threads,
         options=options,
@@ -172,6 +177,17 @@ def _branches_per_pass(manifest: Manifest, options: EngineOptions) -> tuple[int,
     if limits and (min(limits) < 1 or list(limits) != sorted(limits, reverse=True)):
         raise RequestError(f"branches_per_pass is {limits}; its counts must be 1 or more and never rise")
     return limits
+
+
+def _draft_context(manifest: Manifest, options: EngineOptions, max_length: int) -> int:
+    if manifest.draft_context is not None:
+        return min(options.draft_context or manifest.draft_context, max_length)
+    if options.draft_context is not None:
+        raise RequestError(
+            f"draft_context is {options.draft_context}, and this bundle has no draft that reads a context by itself: "
+            "it is fed by the target's states, looks its tokens up, or isn't there; leave draft_context out"
+        )
+    return max_length
 
 
 def round_shape(manifest: Manifest, plan: Plan, most: int | None = None) -> RoundShape:
@@ -290,7 +306,8 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
         device.make_cache(branch.kv, capacity),
         _sampled(folder, manifest, device, plan, passes["draft_sampled"]),
     )
-    return ModelDraft(segments, shape, plan.source, plan.fanout, _features(manifest, facts, device, plan))
+    draft = ModelDraft(segments, shape, plan.source, plan.fanout, _features(manifest, facts, device, plan))
+    return draft if plan.draft_context == plan.max_length else RecentDraft(draft, plan.draft_context)
 
 
 def _samples(manifest: Manifest, plan: Plan, device: Device) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from mirror.bundle import NOISE_POSITIONS
-from mirror.runtime.noise import gumbel, uniforms
 from mirror.runtime.records import Ints
 from mirror.runtime.sampling import CoupledNoise
 from mirror.targets.base import RowTable, Tensor
@@ -38,7 +37,7 @@ class NoiseTable:
         """Return what a graph needs to add the noise to its scores.
 
         Args:
-            positions: int64 [rows], the absolute position of the token that each wanted row is for; any
+            positions: int64 [rows], the position of the token that each wanted row is for, as the noise counts; any
                 `NOISE_POSITIONS` in a row hold them all.
         """
         self.draw(noise, positions)
@@ -58,5 +57,5 @@ class NoiseTable:
         for position in np.unique(positions).tolist():
             row = position % NOISE_POSITIONS
             if self._held[row] != position:
-                self._table.write(row, gumbel(uniforms(noise.seed, position, self._tokens)).astype(np.float32))
+                self._table.write(row, noise.gumbel_at(position, self._tokens).astype(np.float32))
                 self._held[row] = position

@@ -28,6 +28,8 @@ class EngineOptions:
             number repeats. None takes the bundle's setting, else all.
         proposal_tokens_per_pass: as `tokens_per_pass`, for proposals that the target waits for; None takes the
             bundle's setting, else `tokens_per_pass`.
+        draft_context: tokens of a context's end that the draft reads at most, 2 or more; None takes the bundle's
+            setting, else 2048.
         candidates: where the branches' first tokens come from; None takes the bundle's setting, else both.
         pinned: every target pass after prefill runs at width gamma + 1.
         draft_timeout_s: how long to wait for the draft before it counts as hung.
@@ -43,6 +45,7 @@ class EngineOptions:
     tokens_per_pass: tuple[int, ...] | None = None
     branches_per_pass: tuple[int, ...] | None = None
     proposal_tokens_per_pass: tuple[int, ...] | None = None
+    draft_context: int | None = None
     candidates: CandidateSource | None = None
     pinned: bool = False
     draft_timeout_s: float = 30.0
@@ -53,6 +56,8 @@ class EngineOptions:
             found = getattr(self, name)
             if found is not None and found < 1:
                 raise RequestError(f"{name} is {found}; it must be 1 or more")
+        if self.draft_context is not None and self.draft_context < 2:
+            raise RequestError(f"draft_context is {self.draft_context}; it must be 2 or more")
         if self.draft_timeout_s <= 0:
             raise RequestError(f"draft_timeout_s is {self.draft_timeout_s}; it must be above 0")
 

@@ -297,23 +297,31 @@ class CoupledNoise:
     The target draws argmax(log p + Gumbel noise), and the noise of (seed, position, token) is no secret.
     A draft that adds it to its own scores guesses far more draws, and nothing depends on it but how
     often a guess is right.
+
+    Attributes:
+        skipped: what to add to a position to make it absolute, for a draft that counts from a later token.
     """
 
     seed: int
     temperature: float
+    skipped: int = 0
+
+    def gumbel_at(self, positions: int | Ints, words: Ints) -> F64:
+        """Return the noise of tokens `words` at positions, float64, in the shape of both broadcast."""
+        return gumbel(uniforms(self.seed, positions + self.skipped, words))
 
     def ordered(self, candidates: Candidates, positions: Ints) -> Candidates:
         """Return candidates by falling score with the noise in it.
 
         Args:
             candidates: ids [n, top]; left as they are where the source has no odds.
-            positions: int64 [n], the absolute position of the token that each row is for.
+            positions: int64 [n], the position of the token that each row is for.
         """
         if candidates.logprobs is None:
             return candidates
         ids = candidates.ids
         words = np.maximum(ids, 0).reshape(-1)
-        noise = gumbel(uniforms(self.seed, np.repeat(positions, ids.shape[1]), words)).reshape(ids.shape)
+        noise = self.gumbel_at(np.repeat(positions, ids.shape[1]), words).reshape(ids.shape)
         scores = np.where(ids >= 0, candidates.logprobs.astype(np.float64) / self.temperature + noise, -np.inf)
         order = np.argsort(-scores, axis=1, kind="stable")
         logprobs = np.take_along_axis(candidates.logprobs, order, axis=1)

@@ -449,5 +449,6 @@ def _write(bundle: Path, manifest: Manifest, report: TuneReport) -> None:
         manifest = recut_bundle(bundle, exit_layer=str(layer))
     # Written beside it and renamed: a half-written one never exists.
     with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.tune-", dir=bundle.absolute().parent) as scratch:
-        write_manifest(Path(scratch), dataclasses.replace(manifest, settings=report.settings))
+        settings = dataclasses.replace(report.settings, draft_context=manifest.settings.draft_context)
+        write_manifest(Path(scratch), dataclasses.replace(manifest, settings=settings))
         os.replace(Path(scratch) / MANIFEST_NAME, bundle / MANIFEST_NAME)

@@ -96,14 +96,16 @@ class Generation:
     # Of one number: with falling ones, what a mirror round reuses is as long as the draft had time for.
     branches_per_pass: tuple[int] | None = None
     proposal_tokens_per_pass: tuple[int, ...] | None = None
+    draft_context: int | None = None
 
     @property
-    def passes(self) -> dict[str, tuple[int, ...] | None]:
+    def passes(self) -> dict[str, int | tuple[int, ...] | None]:
         """The options of a draft's passes."""
         return {
             "tokens_per_pass": self.tokens_per_pass,
             "branches_per_pass": self.branches_per_pass,
             "proposal_tokens_per_pass": self.proposal_tokens_per_pass,
+            "draft_context": self.draft_context,
         }
 
 
@@ -128,6 +130,8 @@ GENERATIONS = (
     Generation("tuned", sampling=SamplingParams(0.8, seed=9)),
     Generation("tuned", tokens_per_pass=(2, 1)),
     Generation("tuned", branches_per_pass=(3,)),
+    Generation("context", draft_context=9),
+    Generation("context", tuple(range(20)), draft_context=6, sampling=SamplingParams(1.0, seed=4)),
     Generation("fed"),
     Generation("fed", sampling=SamplingParams(0.8, seed=9)),
     Generation("ngram", max_new_tokens=50),
@@ -376,6 +380,8 @@ _EDITS: list[tuple[str, tuple[str, str]]] = [
     ("an absent limit", ('"branches_per_pass": null,', "")),
     ("absent passes of a proposal", ('"proposal_tokens_per_pass": null,', "")),
     ("branches per pass", ('"branches_per_pass": null', '"branches_per_pass": [8, 4, 1]')),
+    ("an absent draft's context", ('"draft_context": null,', "")),
+    ("a draft's context", ('"draft_context": null', '"draft_context": 2')),
     ("passes of a proposal", ('"proposal_tokens_per_pass": null', '"proposal_tokens_per_pass": [4, 2]')),
     ("no json", ('"schema_version"', "schema_version")),
     ("cut short", ('"files"', '"files')),
@@ -401,6 +407,7 @@ _EDITS: list[tuple[str, tuple[str, str]]] = [
     ("branches per pass of 0", ('"branches_per_pass": null', '"branches_per_pass": [2, 0]')),
     ("a number for branches per pass", ('"branches_per_pass": null', '"branches_per_pass": 8')),
     ("a proposal's passes of 0", ('"proposal_tokens_per_pass": null', '"proposal_tokens_per_pass": [0]')),
+    ("a draft's context of 1", ('"draft_context": null', '"draft_context": 1')),
     ("a device that is a number", ('"target_device": null', '"target_device": 0')),
     ("a hash that is none", ('"tokenizer_fingerprint": "', '"tokenizer_fingerprint": "z')),
     ("an unknown dtype", ('"dtype": "int64"', '"dtype": "int8"')),

@@ -152,6 +152,7 @@ mirror::EngineOptions engine_options(const mirror_load_options& given) {
   options.tokens_per_pass = list_of(given.tokens_per_pass, given.tokens_per_pass_count);
   options.branches_per_pass = list_of(given.branches_per_pass, given.branches_per_pass_count);
   options.proposal_tokens_per_pass = list_of(given.proposal_tokens_per_pass, given.proposal_tokens_per_pass_count);
+  options.draft_context = number_of(given.draft_context);
   options.target_device = text_of(given.target_device);
   options.suffix_device = text_of(given.suffix_device);
   options.draft_device = text_of(given.draft_device);

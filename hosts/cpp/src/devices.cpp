@@ -95,13 +95,18 @@ std::shared_ptr<Device> open_cpu() {
   Provider provider;
   provider.name = "CPUExecutionProvider";
   return std::make_shared<SessionDevice>(provider,
-                                         [](Ort::SessionOptions& options, int) { share_host_memory(options); });
+                                         [](Ort::SessionOptions& options, int, int) { share_host_memory(options); });
 }
 
-void use_cuda(Ort::SessionOptions& options, int index, void* stream) {
+// A cache of as many slots is attended to by flash attention: the time of cuDNN's, which ONNX Runtime would take on
+// Hopper, grows the faster with the context. One kernel for all passes of an engine: two would round differently.
+constexpr int long_capacity = 4096;
+
+void use_cuda(Ort::SessionOptions& options, int index, void* stream, int capacity) {
   Ort::CUDAProviderOptions cuda;
   // TF32 keeps 10 bits of a mantissa: greedy tokens would differ. The default arena doubles at each growth.
   cuda.Update({{"device_id", std::to_string(index)}, {"use_tf32", "0"}, {"arena_extend_strategy", "kSameAsRequested"}});
+  if (capacity >= long_capacity) cuda.Update({{"sdpa_kernel", "1"}});
   if (stream != nullptr) cuda.UpdateWithValue("user_compute_stream", stream);
   options.AppendExecutionProvider_CUDA_V2(*cuda);
   options.AddConfigEntry("session.record_ep_graph_assignment_info", "1");  // tells afterwards what runs where
@@ -112,7 +117,7 @@ void load_cuda(const Provider& provider) {
   ort_environment();  // the library logs through it as soon as it is loaded
   try {
     Ort::SessionOptions options;
-    use_cuda(options, provider.index, nullptr);
+    use_cuda(options, provider.index, nullptr, 0);
   } catch (const Ort::Exception& error) {
     throw Error(ErrorKind::device, provider.device + " isn't there: " + error.what());
   }
@@ -138,8 +143,8 @@ std::shared_ptr<Device> open_cuda(const DeviceName& name, Role role) {
   provider.stream = open_cuda_stream(index, role != Role::target, name.share);
   provider.free_memory = [name = provider.device, index] { return FreeMemory{name, cuda_driver().free_bytes(index)}; };
   return std::make_shared<SessionDevice>(provider,
-                                         [index, stream = provider.stream](Ort::SessionOptions& options, int) {
-                                           use_cuda(options, index, stream->handle());
+                                         [index, stream = provider.stream](Ort::SessionOptions& options, int, int capacity) {
+                                           use_cuda(options, index, stream->handle(), capacity);
                                          });
 }
 
@@ -159,7 +164,7 @@ std::shared_ptr<Device> openvino_device(const DeviceName& name, Role role, Ort::
     provider.free_memory = [device = provider.device] { return FreeMemory{device, std::nullopt}; };
   const CpuFacts cpu;
   const std::string precision = openvino_precision(name.unit, name.precision, role, cpu);
-  const auto configure = [unit = name.unit, precision, cpu, device](Ort::SessionOptions& options, int threads) {
+  const auto configure = [unit = name.unit, precision, cpu, device](Ort::SessionOptions& options, int threads, int) {
     // Without this, nodes that the plugin leaves out would run on the CPU, unsaid.
     options.AddConfigEntry("session.disable_cpu_ep_fallback", "1");
     options.AppendExecutionProvider_V2(ort_environment(), {device},

@@ -76,7 +76,7 @@ struct DraftFacts {
 struct Settings {
   std::optional<Mode> mode;
   std::optional<CandidateSource> candidates;
-  std::optional<int> gamma;
+  std::optional<int> gamma, draft_context;
   std::optional<std::vector<int>> fanout, tokens_per_pass, branches_per_pass, proposal_tokens_per_pass;
   std::optional<std::string> target_device, suffix_device, draft_device;
 };

@@ -9,6 +9,7 @@
 #include "lookahead.hpp"
 #include "model_draft.hpp"
 #include "ngram_draft.hpp"
+#include "recent_draft.hpp"
 
 namespace mirror {
 namespace {
@@ -92,6 +93,22 @@ void choose_passes(Plan& plan, const Manifest& manifest, const EngineOptions& op
                 "branches_per_pass is " + listed(counts) + "; its counts must be 1 or more and never rise");
   plan.proposal_tokens_per_pass =
       checked_tokens(manifest, "proposal_tokens_per_pass", proposal.value_or(plan.tokens_per_pass));
+}
+
+// As the bundle's own tools have it: a draft trained on short texts guesses worse with more.
+constexpr int default_draft_context = 2048;
+
+int choose_draft_context(const Manifest& manifest, const EngineOptions& options, int max_length) {
+  const auto& draft = manifest.draft;
+  if (draft && draft->kind == "model" && !draft->feature_layer)
+    return std::min(
+        options.draft_context.value_or(manifest.settings.draft_context.value_or(default_draft_context)), max_length);
+  if (options.draft_context)
+    throw Error(ErrorKind::request,
+                "draft_context is " + std::to_string(*options.draft_context) +
+                    ", and this bundle has no draft that reads a context by itself: it is fed by the target's states, "
+                    "looks its tokens up, or isn't there; leave draft_context out");
+  return max_length;
 }
 
 // In mirror mode on a shared CPU target and draft run at the same time, and a thread too many makes
@@ -194,6 +211,8 @@ void EngineOptions::check() const {
   at_least_one("gamma", gamma);
   at_least_one("kappa", kappa);
   at_least_one("max_ngram_size", max_ngram_size);
+  if (draft_context && *draft_context < 2)
+    throw Error(ErrorKind::request, "draft_context is " + std::to_string(*draft_context) + "; it must be 2 or more");
   if (!(draft_timeout_s > 0))
     throw Error(ErrorKind::request, "draft_timeout_s is " + std::to_string(draft_timeout_s) + "; it must be above 0");
 }
@@ -219,6 +238,7 @@ Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shar
   plan.gamma = options.gamma.value_or(settings.gamma.value_or(manifest.decoding.gamma));
   plan.fanout = fanout_of(manifest, options, plan.gamma);
   choose_passes(plan, manifest, options);
+  plan.draft_context = choose_draft_context(manifest, options, plan.max_length);
   plan.pinned = options.pinned;
   plan.draft_timeout_s = options.draft_timeout_s;
   plan.max_ngram_size = options.max_ngram_size;
@@ -323,10 +343,12 @@ std::unique_ptr<Draft> load_draft(const std::filesystem::path& folder, const Man
                    plan.branches_per_pass,
                    plan.proposal_tokens_per_pass,
                    feature_bytes(manifest, branch)};
-  return std::make_unique<ModelDraft>(
+  auto draft = std::make_unique<ModelDraft>(
       device.load_segment(folder, trunk, capacity, {{plan.gamma + 1, 0}}, steps, plan.draft_threads),
       device.load_segment(folder, branch, capacity, steps, {}, plan.draft_threads), std::move(shape), plan.source,
       plan.fanout);
+  if (plan.draft_context == plan.max_length) return draft;
+  return std::make_unique<RecentDraft>(std::move(draft), plan.draft_context);
 }
 
 }  // namespace mirror

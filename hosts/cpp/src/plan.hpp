@@ -24,6 +24,7 @@ struct EngineOptions {
   std::optional<int> threads;                 // CPU threads in all; else one per physical core
   std::optional<int> max_length, gamma, kappa;
   std::optional<std::vector<int>> fanout, tokens_per_pass, branches_per_pass, proposal_tokens_per_pass;
+  std::optional<int> draft_context;  // tokens of a context's end that the draft reads at most; else 2048
   std::optional<std::string> target_device, suffix_device, draft_device;
   bool pinned = false;            // every target pass after prefill runs at width gamma + 1
   bool verify_hashes = false;     // sha256 of every file; sizes are always checked
@@ -48,6 +49,7 @@ struct Plan {
   std::vector<int> tokens_per_pass;           // of a rollout; at least one
   std::vector<int> branches_per_pass;         // of a rollout; empty for all
   std::vector<int> proposal_tokens_per_pass;  // at least one
+  int draft_context;                          // tokens that the draft reads at most; max_length if all
   int target_threads, draft_threads;
   bool pinned;
   double draft_timeout_s;
@@ -56,7 +58,7 @@ struct Plan {
   int branches() const;
   // Slots of the draft's cache that no context takes.
   int rollout_slots() const;
-  int draft_capacity() const { return max_length + rollout_slots(); }
+  int draft_capacity() const { return draft_context + rollout_slots(); }
   // A whole window fits after the last token but one.
   int target_capacity() const { return max_length + gamma + 1; }
 };

@@ -276,7 +276,7 @@ void CoupledNoise::order(Candidates& candidates, const std::vector<std::int64_t>
     for (std::size_t rank = 0; rank < row.size(); ++rank) {
       const Token id = candidates.ids[at + rank];
       const auto word = static_cast<std::uint32_t>(std::max<Token>(id, 0));
-      const double noise = gumbel(uniform(seed, static_cast<std::uint64_t>(positions[place]), word));
+      const double noise = gumbel(uniform(seed, static_cast<std::uint64_t>(positions[place] + skipped), word));
       const float logprob = candidates.logprobs[at + rank];
       row[rank] = {id < 0 ? -std::numeric_limits<double>::infinity() : logprob / temperature + noise, id, logprob};
     }

@@ -71,9 +71,10 @@ class Sampler {
 struct CoupledNoise {
   std::uint64_t seed;
   double temperature;
+  int skipped = 0;  // what to add to a position to make it absolute, for a draft that counts from a later token
 
   // Orders the candidates of each position by falling score with the noise in it. `positions`: the
-  // absolute position of the token that each row is for. Left as they are where there are no odds.
+  // position of the token that each row is for. Left as they are where there are no odds.
   void order(Candidates& candidates, const std::vector<std::int64_t>& positions) const;
 };
 

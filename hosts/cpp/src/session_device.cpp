@@ -42,7 +42,7 @@ std::unique_ptr<Segment> SessionDevice::load_segment(const std::filesystem::path
       for (const auto& [dimension, size] :
            {std::pair{"width", shape.width}, std::pair{"rows", shape.rows}, std::pair{"capacity", capacity}})
         options.AddFreeDimensionOverrideByName(dimension, size);
-    configure(options, threads);
+    configure(options, threads, capacity);
     return open_session(folder, graph, options, provider);
   };
   return std::make_unique<OrtSegment>(facts, graph_of(facts, provider_.form, name()), provider_, capacity, open, shapes,

@@ -11,7 +11,7 @@ namespace mirror {
 class SessionDevice final : public Device {
  public:
   // Sets what its sessions need besides session_options. Owns what it captures: segments keep it.
-  using Configure = std::function<void(Ort::SessionOptions&, int threads)>;
+  using Configure = std::function<void(Ort::SessionOptions&, int threads, int capacity)>;
 
   SessionDevice(Provider provider, Configure configure)
       : provider_(std::move(provider)), configure_(std::move(configure)) {}

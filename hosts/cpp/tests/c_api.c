@@ -61,6 +61,9 @@ static void options_that_are_wrong(const char* bundle) {
   options.proposal_tokens_per_pass = rising;
   options.proposal_tokens_per_pass_count = 1;
   refused(mirror_engine_load(bundle, &options, &engine), MIRROR_REQUEST, "proposal_tokens_per_pass is (2,)");
+  mirror_load_options_init(&options);
+  options.draft_context = 1;
+  refused(mirror_engine_load(bundle, &options, &engine), MIRROR_REQUEST, "draft_context is 1");
   refused(mirror_engine_load(NULL, NULL, &engine), MIRROR_REQUEST, "NULL");
   refused(mirror_engine_load("/no/such/folder", NULL, &engine), MIRROR_BUNDLE, "the folder does not exist");
   check(engine == NULL, "a failed load gives no engine");

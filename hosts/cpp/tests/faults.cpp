@@ -263,6 +263,14 @@ void options_that_can_not_be_served() {
           [&] { open_engine("context", options); });
   options.branches_per_pass = std::vector<int>{2, 0};
   refused("no branches", ErrorKind::request, "branches_per_pass is (2, 0)", [&] { open_engine("context", options); });
+  options = {};
+  options.draft_context = 1;
+  refused("a draft's context", ErrorKind::request, "draft_context is 1; it must be 2 or more",
+          [&] { open_engine("context", options); });
+  options.draft_context = 8;
+  refused("a fed draft's context", ErrorKind::request,
+          "draft_context is 8, and this bundle has no draft that reads a context by itself",
+          [&] { open_engine("fed", options); });
   refused("no draft", ErrorKind::request, "mode mirror needs a draft and this bundle has none",
           [&] { open_engine("alone", {}); });
   options = {};
@@ -690,7 +698,7 @@ void segment_that_outlives_its_device() {
     provider.compiles = true;
     provider.device = "a device with a name that is too long to be kept inside its object";
     const auto device = std::make_shared<SessionDevice>(
-        provider, [owned](Ort::SessionOptions& options, int) { options.SetLogId(owned->c_str()); });
+        provider, [owned](Ort::SessionOptions& options, int, int) { options.SetLogId(owned->c_str()); });
     const Manifest manifest = read_manifest(bundles / "context");
     segment = device->load_segment(bundles / "context", manifest.segment("draft"), 64, {{1, 1}}, {{2, 2}}, 1);
   }

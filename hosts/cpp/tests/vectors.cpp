@@ -245,6 +245,7 @@ void check_generations(Checks& checks, const Json& cases, const fs::path& bundle
       EngineOptions options = passes_of(item);
       options.mode = parse_mode(item["modes"].back());
       options.candidates = source;
+      if (!item["draft_context"].is_null()) options.draft_context = item["draft_context"].get<int>();
       const auto engine = Engine::load(bundles / item["bundle"].get<std::string>(), options);
       for (const Json& mode : item["modes"]) check_generation(checks, *engine, item, mode);
     }

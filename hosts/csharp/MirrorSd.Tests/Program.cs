@@ -158,6 +158,9 @@ internal static class Program
     private static int[] CountsOf(JsonElement list) => list.ValueKind == JsonValueKind.Null
         ? null : list.EnumerateArray().Select(count => count.GetInt32()).ToArray();
 
+    private static int? NumberOf(JsonElement number) => number.ValueKind == JsonValueKind.Null
+        ? (int?)null : number.GetInt32();
+
     private static void Generations(JsonElement cases, string bundles)
     {
         foreach (var item in cases.EnumerateArray())
@@ -170,6 +173,7 @@ internal static class Program
                 TokensPerPass = CountsOf(item.GetProperty("tokens_per_pass")),
                 BranchesPerPass = CountsOf(item.GetProperty("branches_per_pass")),
                 ProposalTokensPerPass = CountsOf(item.GetProperty("proposal_tokens_per_pass")),
+                DraftContext = NumberOf(item.GetProperty("draft_context")),
             };
             using (var engine = Engine.Load(Path.Combine(bundles, item.GetProperty("bundle").GetString()), load))
             {
@@ -211,6 +215,8 @@ internal static class Program
             () => Engine.Load(bundle, new LoadOptions { BranchesPerPass = new[] { 1, 2 } }));
         Refused("a proposal", ErrorCode.Request, "proposal_tokens_per_pass is (2,)",
             () => Engine.Load(bundle, new LoadOptions { ProposalTokensPerPass = new[] { 2 } }));
+        Refused("a draft's context", ErrorCode.Request, "draft_context is 1; it must be 2 or more",
+            () => Engine.Load(bundle, new LoadOptions { DraftContext = 1 }));
         using (var engine = Engine.Load(bundle, new LoadOptions { Threads = 1 }))
         {
             long[] prompt = { 1, 2, 3 };

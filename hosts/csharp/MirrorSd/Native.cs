@@ -34,6 +34,7 @@ namespace MirrorSd
             public UIntPtr BranchesPerPassCount;
             public IntPtr ProposalTokensPerPass;
             public UIntPtr ProposalTokensPerPassCount;
+            public int DraftContext;
         }
 
         [StructLayout(LayoutKind.Sequential)]

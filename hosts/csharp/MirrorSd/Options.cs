@@ -88,6 +88,10 @@ namespace MirrorSd
         /// isn't said either, else as for rollouts.</summary>
         public IReadOnlyList<int> ProposalTokensPerPass { get; set; }
 
+        /// <summary>Tokens of a context's end that the draft reads at most, 2 or more. Else the bundle's, else
+        /// 2048.</summary>
+        public int? DraftContext { get; set; }
+
         /// <summary>Where the target runs: cpu, cuda:0, openvino:CPU, openvino:GPU, openvino:NPU. Else cpu.</summary>
         public string TargetDevice { get; set; }
 
@@ -127,6 +131,7 @@ namespace MirrorSd
             options.BranchesPerPassCount = (UIntPtr)(BranchesPerPass?.Count ?? 0);
             options.ProposalTokensPerPass = memory.Numbers(ProposalTokensPerPass);
             options.ProposalTokensPerPassCount = (UIntPtr)(ProposalTokensPerPass?.Count ?? 0);
+            options.DraftContext = Said(DraftContext, nameof(DraftContext));
             options.TargetDevice = memory.Text(TargetDevice);
             options.SuffixDevice = memory.Text(SuffixDevice);
             options.DraftDevice = memory.Text(DraftDevice);

@@ -39,7 +39,7 @@ extern "C" {
 
 /* Raised when something is added; functions are never taken away or changed under the same major number. */
 #define MIRROR_API_MAJOR 1
-#define MIRROR_API_MINOR 3
+#define MIRROR_API_MINOR 4
 
 /* The version that the library was built with: major * 1000 + minor. */
 MIRROR_API uint32_t mirror_api_version(void);
@@ -123,6 +123,8 @@ typedef struct mirror_load_options {
   size_t branches_per_pass_count;
   const int32_t* proposal_tokens_per_pass; /* of a proposal's passes, which the target waits for; tokens_per_pass */
   size_t proposal_tokens_per_pass_count;
+  /* Since 1.4. */
+  int32_t draft_context; /* tokens of a context's end that the draft reads at most, 2 or more; 2048 */
 } mirror_load_options;
 
 /* Fills a struct of the size that the program has. Since 1.3; programs say mirror_load_options_init(&options). */
