@@ -24,7 +24,7 @@ class SegmentSummary:
 
     Attributes:
         weight_bytes: what its weights take where it is loaded; on disk segments share some.
-        kv_bytes: its cache of `max_length` slots; `slot_bytes` is one slot.
+        kv_bytes: its cache, a target's of `max_length` slots, a draft's of what it reads; `slot_bytes` is one slot.
     """
 
     name: str
@@ -62,7 +62,7 @@ def memory_of(segments: Sequence[SegmentSummary], max_length: int) -> Memory:
 
 @dataclass(frozen=True)
 class BundleSummary:
-    """A bundle in a few lines. `kv_bytes` is for a cache of `max_length` slots."""
+    """A bundle in a few lines. `kv_bytes` is for a target's cache of `max_length` slots, a draft's of what it reads."""
 
     path: str
     architecture: str
@@ -145,7 +145,7 @@ def _settings(manifest: Manifest) -> str | None:
 def _segment(folder: Path, manifest: Manifest, segment: Segment) -> SegmentSummary:
     from mirror.runtime.memory import segment_memory, slot_bytes
 
-    slots = manifest.decoding.max_length
+    slots = manifest.draft_capacity if segment.name.startswith("draft") else manifest.decoding.max_length
     form = Form.INPLACE if Form.INPLACE in segment.graphs else Form.ROWS
     memory = segment_memory(folder, segment, form, slots)
     return SegmentSummary(

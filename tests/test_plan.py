@@ -542,6 +542,12 @@ def test_a_draft_that_is_too_slow_is_waited_for() -> None:
     assert terms.late_ms == pytest.approx(terms.overlap.draft_ms - terms.overlap.target_ms + terms.prepared * rest_ms)
 
 
+def test_a_draft_reads_the_end_of_a_long_context() -> None:
+    short, end, long = (plan_round(dataclasses.replace(setting(), context=n), CHOICE) for n in (500, 2048, 9000))
+    assert short.trunk.ms < end.trunk.ms == long.trunk.ms
+    assert end.prefix.ms < long.prefix.ms
+
+
 def test_serial_drafts_then_verifies() -> None:
     terms = plan_round(setting(), CHOICE)
     alone = setting().draft

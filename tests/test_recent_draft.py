@@ -120,6 +120,8 @@ def test_a_bundle_may_say_how_much_its_draft_reads(folder: Path) -> None:
     assert before is not None
     assert after is not None
     assert (before.max_length, after.max_length) == (64, 10)
+    slots = {item.name: item.kv_bytes // max(item.slot_bytes, 1) for item in summarize(folder).segments}
+    assert (slots["target_prefix"], slots["draft"]) == (64, 10)
 
 
 def test_a_draft_that_is_fed_reads_all(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mirror.bench.gpu_devices import open_watched
 from mirror.bench.gpu_rounds import Arm, Asked, compare, own_questions, row
 from mirror.bench.gpu_shared import SharedDevice
 from mirror.bench.provenance import gpu_name, provenance
-from mirror.bench.questions import read_questions
+from mirror.bench.questions import read_questions, with_preface
 from mirror.bench.settings import read_settings
 from mirror.bundle import Manifest, read_manifest
 from mirror.runtime.engine import Engine
@@ -32,6 +33,7 @@ from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Lane, Mode
 
 _SHOWN = (
+    "prompt_tokens",
     "tokens_per_s",
     "tokens_per_round",
     "reuse_rate",
@@ -51,6 +53,7 @@ _SHOWN = (
 @click.option("--threads", type=int, default=None, help="CPU threads in all; the target's feeder is one of them.")
 @click.option("--questions", "questions_file", type=click.Path(path_type=Path), default=None)
 @click.option("--per-category", default=1, show_default=True)
+@click.option("--preface", default=0, show_default=True, help="Characters of other questions before each question.")
 @click.option("--tokens", default=48, show_default=True)
 @click.option("--repeats", default=1, show_default=True)
 @click.option("--max-length", type=int, default=None, help="The bundle's, if not given.")
@@ -63,6 +66,7 @@ def main(
     threads: int | None,
     questions_file: Path | None,
     per_category: int,
+    preface: int,
     tokens: int,
     repeats: int,
     max_length: int | None,
@@ -72,7 +76,8 @@ def main(
     manifest, clock = read_manifest(bundle), PassClock()
     base = EngineOptions(max_length=max_length, threads=threads, pinned=True, mode=Mode.MIRROR)
     target = SharedDevice(open_watched(target_device, clock, Lane.TARGET))
-    questions = own_questions(per_category) if questions_file is None else read_questions(questions_file, per_category)
+    asked_of = own_questions if questions_file is None else partial(read_questions, questions_file)
+    questions = with_preface(asked_of(per_category), asked_of(None), preface)
     arms: list[Arm] = []
     for text in ("", *variants):
         # The target's passes stay at the bundle's width, so a narrower window is a matter of each answer.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mirror.bundle import DRAFT_CONTEXT
 from mirror.plan.acceptance import Curve
 from mirror.plan.passes import Part, PassSize, PassTime, whole_time
 from mirror.plan.timeline import Overlap, run_beside
@@ -178,7 +179,8 @@ def _branch_pass(setting: Setting, item: BranchPass, branches: int) -> PassTime:
 
 
 def _draft_pass(setting: Setting, name: str, rows: int, logit_rows: int) -> PassTime:
-    return whole_time(setting.draft, name, PassSize(rows, logit_rows, setting.context))
+    read = min(setting.context, DRAFT_CONTEXT)
+    return whole_time(setting.draft, name, PassSize(rows, logit_rows, read))
 
 
 def rollout_ms(terms: RoundTerms) -> float:
