@@ -228,6 +228,11 @@ def recut(bundle: Path, output: Path | None, exit_layer: str | None, gamma: int 
 @click.option("--suffix-device", help="Where the target's later layers run.  [default: with the others]")
 @click.option("--exit-layers", metavar="COUNTS", callback=read_counts, help="Where to cut.  [default: trained exits]")
 @click.option("--prompts", default=6, type=click.IntRange(min=1), help="How many prompts are answered.")
+@click.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Take them from a JSONL file with a prompt, instruction or question a line.  [default: the project's own]",
+)
 @click.option("--tokens", default=64, type=click.IntRange(min=8), help="Longest answer, in tokens.")
 @click.option("--turns", default=3, type=click.IntRange(min=1), help="How often the best choices are run.")
 @click.option("--tries", default=3, type=click.IntRange(min=1), help="How many mirror choices are run.")
@@ -243,6 +248,7 @@ def tune(
     suffix_device: str | None,
     exit_layers: tuple[int, ...] | None,
     prompts: int,
+    prompt_file: Path | None,
     tokens: int,
     turns: int,
     tries: int,
@@ -270,6 +276,7 @@ def tune(
         tries,
         threads,
         pinned,
+        prompt_file,
     )
     report = tune_bundle(bundle, options, print_notice, write=not dry_run)
     if as_json:

@@ -21,7 +21,7 @@ from mirror.distill.run import distill, load_pupils, load_ranking, read_facts  #
 from mirror.distill.student import load_student, make_student, save_student, spread_layers  # noqa: E402
 from mirror.distill.target import Target, load_target  # noqa: E402
 from mirror.distill.train import Pupils  # noqa: E402
-from mirror.errors import DraftError, ExportError  # noqa: E402
+from mirror.errors import DraftError, ExportError, RequestError  # noqa: E402
 from tests.letters import CPU, make_model, options  # noqa: E402
 
 
@@ -147,7 +147,7 @@ class TestData:
         assert {index % 100 for index in keep}.isdisjoint({index % 100 for index in learn})
 
     def test_missing_file_is_named(self, target: Target, tmp_path: Path) -> None:
-        with pytest.raises(ExportError, match=r"no prompts at .*nothing\.jsonl"):
+        with pytest.raises(RequestError, match=r"no prompts at .*nothing\.jsonl"):
             make_corpus(target, DataOptions(files=(tmp_path / "nothing.jsonl",)), tmp_path, SilentProgress())
 
 

@@ -16,7 +16,7 @@ import mirror
 
 PACKAGE = Path(mirror.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino"}
-SHARED = {"bundle", "errors", "version"}
+SHARED = {"bundle", "errors", "prompt_files", "version"}
 COMMAND_LINE = {"__main__", "cli", "console", "answering", "default_model", "summary"}
 # Modules of `runtime` that compute on numbers alone.
 PURE = {

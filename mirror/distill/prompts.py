@@ -7,7 +7,6 @@ given topics become tasks on long texts: summaries, translations, questions with
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mirror.errors import ExportError
+from mirror.prompt_files import read_prompt_file
 
 _SENTINEL = "\u2063mirror\u2063"
-_FIELDS = ("prompt", "instruction", "question")
 
 
 @dataclass(frozen=True)
@@ -72,17 +71,8 @@ class ChatFormat:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Return the prompts of a JSONL file: its `prompt`, `instruction` or `question`, with `input` where there is one.
-
-    Raises:
-        ExportError: the file isn't there, or a line has none of these fields (named by number).
-    """
-    if not path.is_file():
-        raise ExportError(
-            f"no prompts at {path}; give a JSONL file with a prompt, instruction or question on every line"
-        )
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [Prompt(path.stem, _prompt_text(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
+    """Return the prompts of a JSONL file; see `read_prompt_file`."""
+    return [Prompt(path.stem, text) for text in read_prompt_file(path)]
 
 
 OPENINGS = (
@@ -171,14 +161,3 @@ def _question(passage: str, questions: Sequence[str], source: random.Random) -> 
     return source.choice(
         (source.choice(questions), f"What do the texts say about this: {subject}?", f"Describe {subject}.")
     )
-
-
-def _prompt_text(path: Path, number: int, line: str) -> str:
-    record = json.loads(line)
-    field = next((name for name in _FIELDS if isinstance(record.get(name), str)), None)
-    if field is None:
-        raise ExportError(
-            f"{path}:{number} has none of the fields {', '.join(_FIELDS)}; give one of them on every line"
-        )
-    given = record.get("input") or next((item.get("input") for item in record.get("instances", [])), "")
-    return f"{record[field]}\n{given}" if given else str(record[field])

@@ -12,6 +12,8 @@ import numpy as np
 
 from mirror.bench.prompts import load_prompts
 from mirror.bundle import Manifest, read_manifest
+from mirror.errors import RequestError
+from mirror.prompt_files import read_prompt_file
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.engine import Engine, Result
 from mirror.runtime.options import EngineOptions
@@ -59,11 +61,19 @@ class Speed:
     texts: tuple[tuple[int, ...], ...]
 
 
-def sample_prompts(folder: Path, manifest: Manifest, count: int) -> tuple[Prompt, ...]:
-    """Return the project's own prompts, of all kinds; random tokens for a bundle that has no tokenizer."""
+def sample_prompts(folder: Path, manifest: Manifest, count: int, file: Path | None = None) -> tuple[Prompt, ...]:
+    """Return prompts of a file, evenly spaced, or the project's own, of all kinds.
+
+    A bundle that has no tokenizer gets random tokens.
+
+    Raises:
+        RequestError: there is a file, and it can't be read, or the bundle has no tokenizer for it.
+    """
     if (folder / "tokenizer.json").is_file():
-        texts = [prompt.text for prompt in load_prompts()]
+        texts = read_prompt_file(file) if file is not None else [prompt.text for prompt in load_prompts()]
         return tuple(texts[:: max(1, len(texts) // count)][:count])
+    if file is not None:
+        raise RequestError(f"{folder} has no tokenizer.json, so it can't read {file}; leave the prompts out")
     drawn = np.random.default_rng(0).integers(0, manifest.model.vocab_size, (count, 8))
     return tuple(tuple(row) for row in drawn.tolist())
 

@@ -54,6 +54,7 @@ class TuneOptions:
         turns: how often the best choices are run, one after the other.
         tries: how many mirror choices are run.
         pinned: whether every pass runs at one width; what is tuned so should be run so.
+        prompt_file: what to answer instead of the project's own prompts; see `read_prompt_file`.
     """
 
     target_devices: tuple[str, ...] | None = None
@@ -66,6 +67,7 @@ class TuneOptions:
     tries: int = 3
     threads: int | None = None
     pinned: bool = False
+    prompt_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -167,11 +169,11 @@ def tune_bundle(bundle: Path, options: TuneOptions, say: Say, *, write: bool = T
     Raises:
         BundleError: the bundle is not whole.
         DeviceError: no device of those asked for can run it.
-        RequestError: an exit layer that the bundle can't be cut at.
+        RequestError: an exit layer that the bundle can't be cut at, or prompts that can't be read.
     """
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
-    prompts = sample_prompts(bundle, manifest, options.prompts)
+    prompts = sample_prompts(bundle, manifest, options.prompts, options.prompt_file)
     work = Workload(prompts, options.tokens, options.threads, options.pinned)
     targets, drafts = _devices(options)
     with _cuts(bundle, manifest, _exit_layers(manifest, options, say), say) as folders:
