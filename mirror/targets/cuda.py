@@ -27,9 +27,10 @@ INSTALL_CUDA = 'pip install "mirror-sd[cuda]" && pip install --force-reinstall -
 _NAME_BYTES = 256
 # What a GPU must compute itself: on the CPU it would copy the whole cache there and back in every layer.
 _ATTENTION = "GroupQueryAttention"
-# On Hopper ONNX Runtime takes cuDNN's attention, whose time grows the faster with the context. One kernel for all
-# passes of an engine: two would round differently.
-_FLASH_ATTENTION = "1"
+# On Hopper ONNX Runtime takes cuDNN's attention, whose time grows the faster with the context; of these two it takes
+# flash attention (1), or memory-efficient (2) where that can't be. One kernel for all passes of an engine: two would
+# round differently.
+_WITHOUT_CUDNN = str(1 | 2)
 _LONG_CAPACITY = 4096
 
 
@@ -56,7 +57,7 @@ class CudaDevice(OnnxRuntimeDevice):
     def _open_session(self, path: Path, request: LoadRequest) -> tuple[ort.InferenceSession, Provider]:
         provider = self._provider
         if request.capacity >= _LONG_CAPACITY:
-            provider = replace(provider, options={**provider.options, "sdpa_kernel": _FLASH_ATTENTION})
+            provider = replace(provider, options={**provider.options, "sdpa_kernel": _WITHOUT_CUDNN})
         session = self._session_on(provider, path, request.segment.name, request.threads)
         if _ATTENTION in _operators_elsewhere(session):
             raise DeviceError(

@@ -98,15 +98,16 @@ std::shared_ptr<Device> open_cpu() {
                                          [](Ort::SessionOptions& options, int, int) { share_host_memory(options); });
 }
 
-// A cache of as many slots is attended to by flash attention: the time of cuDNN's, which ONNX Runtime would take on
-// Hopper, grows the faster with the context. One kernel for all passes of an engine: two would round differently.
+// A cache of as many slots is attended to by flash attention, or memory-efficient where that can't be: the time of
+// cuDNN's, which ONNX Runtime would take on Hopper, grows the faster with the context. One kernel for all passes of an
+// engine: two would round differently.
 constexpr int long_capacity = 4096;
 
 void use_cuda(Ort::SessionOptions& options, int index, void* stream, int capacity) {
   Ort::CUDAProviderOptions cuda;
   // TF32 keeps 10 bits of a mantissa: greedy tokens would differ. The default arena doubles at each growth.
   cuda.Update({{"device_id", std::to_string(index)}, {"use_tf32", "0"}, {"arena_extend_strategy", "kSameAsRequested"}});
-  if (capacity >= long_capacity) cuda.Update({{"sdpa_kernel", "1"}});
+  if (capacity >= long_capacity) cuda.Update({{"sdpa_kernel", "3"}});
   if (stream != nullptr) cuda.UpdateWithValue("user_compute_stream", stream);
   options.AppendExecutionProvider_CUDA_V2(*cuda);
   options.AddConfigEntry("session.record_ep_graph_assignment_info", "1");  // tells afterwards what runs where
