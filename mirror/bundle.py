@@ -25,7 +25,8 @@ MANIFEST_NAME = "mirror.json"
 ROLLOUT_SLOTS = 4096  # slots past max_length that a draft's graphs have room for: the rows of a rollout
 NOISY_TOKENS = 256  # likeliest tokens that get noise in a draft's graph for draws: as many as in the target's draws
 NOISE_POSITIONS = 64  # rows of a noise table: a rollout looks at no more positions
-# SmolLM2's draft, trained on short texts, guesses 2.7 tokens a round with this much of 5,000, and 2.4 with all.
+# What drafts that `mirror distill` trained read of a context: SmolLM2's, trained on short texts, guesses 2.8 tokens a
+# round with this much of 5,200, and 2.5 with all.
 DRAFT_CONTEXT = 2048
 VOCABULARY_FILE = "draft_vocabulary.npy"  # the tokens that a trimmed head's scores are for, int64 [vocabulary]
 DATE_MARK = "{{date}}"  # in a chat format's texts, for today's date
@@ -202,7 +203,7 @@ class Settings:
         tokens_per_pass: tokens that each of a rollout's passes gives a branch; the last number repeats.
         branches_per_pass: branches that take part in each of them at most, the likeliest; the last number repeats.
         proposal_tokens_per_pass: tokens that each pass of a proposal gives, where the target waits for it.
-        draft_context: tokens of a context's end that the draft reads at most.
+        draft_context: tokens of a context's end that the draft reads at most; None for all.
         target_device, suffix_device, draft_device: where segments run.
     """
 
@@ -274,16 +275,9 @@ class Manifest:
     chat: ChatFormat | None = None
 
     @property
-    def draft_context(self) -> int | None:
-        """Tokens of a context's end that the draft reads, where the user says nothing; None for one that takes all."""
-        if self.draft is None or self.draft.kind != "model" or self.draft.feature_layer is not None:
-            return None
-        return self.settings.draft_context or DRAFT_CONTEXT
-
-    @property
     def draft_capacity(self) -> int:
         """Tokens that a draft's cache has room for, where the user says nothing."""
-        return min(self.decoding.max_length, self.draft_context or self.decoding.max_length)
+        return min(self.decoding.max_length, self.settings.draft_context or self.decoding.max_length)
 
 
 def kv_names(prefix: str, layer: int) -> tuple[str, str]:

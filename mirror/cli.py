@@ -426,7 +426,7 @@ def plan(
 @click.option(
     "--draft-context",
     type=click.IntRange(min=2),
-    help="Tokens of a context's end that the draft reads at most.  [default: the bundle's setting, else 2048]",
+    help="Tokens of a context's end that the draft reads at most.  [default: the bundle's setting, else all]",
 )
 @click.option("--max-length", type=click.IntRange(min=2), help="Capacity in tokens.  [default: the bundle's]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads in all.  [default: the physical cores]")
@@ -560,7 +560,7 @@ def devices(as_json: bool) -> None:
 @click.option(
     "--draft-context",
     type=click.IntRange(min=2),
-    help="Tokens of a context's end that the draft reads at most.  [default: the bundle's setting, else 2048]",
+    help="Tokens of a context's end that the draft reads at most.  [default: the bundle's setting, else all]",
 )
 @click.option("--max-length", type=click.IntRange(min=2), help="Capacity in tokens.  [default: the bundle's]")
 @click.option("--pinned", is_flag=True, help="One width for every pass: the same text in all modes at any precision.")

@@ -117,9 +117,7 @@ def summarize(folder: Path) -> BundleSummary:
         made_by=f"mirror {manifest.producer.version}",
         segments=segments,
         target_memory=memory_of(targets, decoding.max_length),
-        draft_memory=memory_of(drafts, min(decoding.max_length, manifest.draft_context or decoding.max_length))
-        if drafts
-        else None,
+        draft_memory=memory_of(drafts, manifest.draft_capacity) if drafts else None,
     )
 
 

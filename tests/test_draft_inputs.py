@@ -98,6 +98,7 @@ def test_the_training_decides_what_the_user_leaves_open(bundle: tuple[Path, Mani
     assert manifest.settings.fanout == (6, 2, 2, 2)
     assert manifest.settings.tokens_per_pass == (2, 3)
     assert manifest.settings.candidates == "draft"
+    assert manifest.settings.draft_context is None, "it is fed by states, which the target has for all of a context"
 
 
 def _torch_candidates(llama: Path, distilled: Path, features: np.ndarray, rows: list[int]) -> tuple[list, np.ndarray]:

@@ -29,7 +29,7 @@ from mirror.bench.exactness import (
     transformers_tokens,
 )
 from mirror.bench.prompts import KINDS, load_prompts
-from mirror.bundle import read_manifest
+from mirror.bundle import DRAFT_CONTEXT, read_manifest
 from mirror.default_model import locate_model
 from mirror.errors import ExportError
 from mirror.export.build import ExportOptions, export_bundle
@@ -75,6 +75,12 @@ def cases(bundle: Path) -> Sequence[Case]:
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path, bundle: Path, cases: Sequence[Case]) -> Sequence[Tokens]:
     return transformers_tokens(checkpoint, read_manifest(bundle), cases, TOKENS)
+
+
+def test_what_a_draft_reads_is_as_it_was_trained(bundle: Path, int4_bundle: Path) -> None:
+    """The trained one guesses less with more; the target's own layers know long texts."""
+    assert read_manifest(bundle).settings.draft_context == DRAFT_CONTEXT
+    assert read_manifest(int4_bundle).settings.draft_context is None
 
 
 def test_the_prompts_are_24_of_6_kinds() -> None:

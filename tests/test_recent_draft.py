@@ -128,8 +128,10 @@ def test_a_draft_that_is_fed_reads_all(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path / "b", LookupBundle(MODEL, MODEL, feature_layer=1))
     manifest = read_manifest(folder)
     assert make_plan(manifest, EngineOptions(), shared_cpu=True).draft_context == 64
-    with pytest.raises(RequestError, match=r"draft_context is 8, and this bundle has no draft that reads a context"):
-        make_plan(manifest, EngineOptions(draft_context=8), shared_cpu=True)
+    told = type(manifest)(**{**vars(manifest), "settings": Settings(draft_context=8)})
+    for found, options in ((manifest, EngineOptions(draft_context=8)), (told, EngineOptions())):
+        with pytest.raises(RequestError, match=r"draft_context is 8, and this bundle has no draft that reads a cont"):
+            make_plan(found, options, shared_cpu=True)
 
 
 def test_one_token_is_too_few() -> None:

@@ -18,6 +18,7 @@ import torch
 from transformers import PretrainedConfig
 
 from mirror.bundle import (
+    DRAFT_CONTEXT,
     ROLLOUT_SLOTS,
     SCHEMA_VERSION,
     Decoding,
@@ -198,7 +199,12 @@ class _Job:
             candidates=defaults.candidates,
             fanout=fanout,
             tokens_per_pass=defaults.tokens_per_pass if streams else None,
+            draft_context=DRAFT_CONTEXT if self._reads_alone(draft) else None,
         )
+
+    def _reads_alone(self, draft: DraftFacts | None) -> bool:
+        """Whether the draft is one that `mirror distill` trained on texts, and not on the target's states as well."""
+        return self.distilled is not None and draft is not None and draft.feature_layer is None
 
     def _tokens(self, folder: Path, tokenizer: Path | None) -> Tokens:
         config = self.checkpoint.config

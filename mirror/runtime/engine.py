@@ -463,7 +463,7 @@ def load(
         proposal_tokens_per_pass: as `tokens_per_pass`, for proposals that the target waits for. None takes the
             bundle's setting, else `tokens_per_pass`.
         draft_context: tokens of a context's end that the draft reads at most, 2 or more: fewer make its passes cheaper,
-            and drafts trained on short texts guess better. None takes the bundle's setting, else 2048.
+            and drafts trained on short texts guess better. None takes the bundle's setting, else all.
         candidates: where the branches' first tokens come from: `exit`, `draft` or `both`; None takes the bundle's
             setting, else both.
         pinned: run every target pass after prefill at width gamma + 1, plain ones too, so that the

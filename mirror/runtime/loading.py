@@ -180,14 +180,13 @@ def _branches_per_pass(manifest: Manifest, options: EngineOptions) -> tuple[int,
 
 
 def _draft_context(manifest: Manifest, options: EngineOptions, max_length: int) -> int:
-    if manifest.draft_context is not None:
-        return min(options.draft_context or manifest.draft_context, max_length)
-    if options.draft_context is not None:
+    draft, asked = manifest.draft, options.draft_context or manifest.settings.draft_context
+    if asked is not None and (draft is None or draft.kind != "model" or draft.feature_layer is not None):
         raise RequestError(
-            f"draft_context is {options.draft_context}, and this bundle has no draft that reads a context by itself: "
+            f"draft_context is {asked}, and this bundle has no draft that reads a context by itself: "
             "it is fed by the target's states, looks its tokens up, or isn't there; leave draft_context out"
         )
-    return max_length
+    return min(asked or max_length, max_length)
 
 
 def round_shape(manifest: Manifest, plan: Plan, most: int | None = None) -> RoundShape:

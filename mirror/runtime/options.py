@@ -29,7 +29,7 @@ class EngineOptions:
         proposal_tokens_per_pass: as `tokens_per_pass`, for proposals that the target waits for; None takes the
             bundle's setting, else `tokens_per_pass`.
         draft_context: tokens of a context's end that the draft reads at most, 2 or more; None takes the bundle's
-            setting, else 2048.
+            setting, else all.
         candidates: where the branches' first tokens come from; None takes the bundle's setting, else both.
         pinned: every target pass after prefill runs at width gamma + 1.
         draft_timeout_s: how long to wait for the draft before it counts as hung.

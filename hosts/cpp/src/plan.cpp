@@ -95,20 +95,15 @@ void choose_passes(Plan& plan, const Manifest& manifest, const EngineOptions& op
       checked_tokens(manifest, "proposal_tokens_per_pass", proposal.value_or(plan.tokens_per_pass));
 }
 
-// As the bundle's own tools have it: a draft trained on short texts guesses worse with more.
-constexpr int default_draft_context = 2048;
-
 int choose_draft_context(const Manifest& manifest, const EngineOptions& options, int max_length) {
+  const auto asked = options.draft_context ? options.draft_context : manifest.settings.draft_context;
   const auto& draft = manifest.draft;
-  if (draft && draft->kind == "model" && !draft->feature_layer)
-    return std::min(
-        options.draft_context.value_or(manifest.settings.draft_context.value_or(default_draft_context)), max_length);
-  if (options.draft_context)
+  if (asked && (!draft || draft->kind != "model" || draft->feature_layer))
     throw Error(ErrorKind::request,
-                "draft_context is " + std::to_string(*options.draft_context) +
+                "draft_context is " + std::to_string(*asked) +
                     ", and this bundle has no draft that reads a context by itself: it is fed by the target's states, "
                     "looks its tokens up, or isn't there; leave draft_context out");
-  return max_length;
+  return std::min(asked.value_or(max_length), max_length);
 }
 
 // In mirror mode on a shared CPU target and draft run at the same time, and a thread too many makes

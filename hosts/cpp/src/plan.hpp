@@ -24,7 +24,7 @@ struct EngineOptions {
   std::optional<int> threads;                 // CPU threads in all; else one per physical core
   std::optional<int> max_length, gamma, kappa;
   std::optional<std::vector<int>> fanout, tokens_per_pass, branches_per_pass, proposal_tokens_per_pass;
-  std::optional<int> draft_context;  // tokens of a context's end that the draft reads at most; else 2048
+  std::optional<int> draft_context;  // tokens of a context's end that the draft reads at most; else all
   std::optional<std::string> target_device, suffix_device, draft_device;
   bool pinned = false;            // every target pass after prefill runs at width gamma + 1
   bool verify_hashes = false;     // sha256 of every file; sizes are always checked

@@ -89,7 +89,7 @@ namespace MirrorSd
         public IReadOnlyList<int> ProposalTokensPerPass { get; set; }
 
         /// <summary>Tokens of a context's end that the draft reads at most, 2 or more. Else the bundle's, else
-        /// 2048.</summary>
+        /// all.</summary>
         public int? DraftContext { get; set; }
 
         /// <summary>Where the target runs: cpu, cuda:0, openvino:CPU, openvino:GPU, openvino:NPU. Else cpu.</summary>

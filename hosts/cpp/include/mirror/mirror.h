@@ -124,7 +124,7 @@ typedef struct mirror_load_options {
   const int32_t* proposal_tokens_per_pass; /* of a proposal's passes, which the target waits for; tokens_per_pass */
   size_t proposal_tokens_per_pass_count;
   /* Since 1.4. */
-  int32_t draft_context; /* tokens of a context's end that the draft reads at most, 2 or more; 2048 */
+  int32_t draft_context; /* tokens of a context's end that the draft reads at most, 2 or more; all */
 } mirror_load_options;
 
 /* Fills a struct of the size that the program has. Since 1.3; programs say mirror_load_options_init(&options). */
