@@ -25,7 +25,7 @@ def test_every_matrix_is_counted_once_where_it_is_multiplied(tmp_path: Path) -> 
     assert shapes["target_suffix"].count(head) == 1
     assert head not in shapes["target_prefix"]
     layers = manifest.decoding.exit_layer
-    assert len(shapes["target_prefix"]) in (5 * layers, 7 * layers)  # q, k and v joined, or apart
+    assert len(shapes["target_prefix"]) == 4 * layers  # q, k and v joined, out, gate and up joined, down
     times = load_step(tmp_path / "bundle", read_manifest(tmp_path / "bundle"), open_device("cpu"), 40).times(9)
     assert (times.context, times.max_length) == (9, 40)
     assert min(times.prefix_ms, times.exit_head_ms, times.suffix_ms, times.device_ms, times.engine_ms) > 0

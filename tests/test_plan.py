@@ -451,7 +451,8 @@ def test_chances_are_found_again() -> None:
     assert fit_agreement(measured, 4) == pytest.approx((0.7, 0.4), abs=2e-3)
 
 
-@given(agreement=st.floats(0.05, 0.9), gamma=st.integers(1, 12), branches=st.integers(1, 300))
+# From 0.1 on: below, a 13th token in a row is too rare to tell in a float.
+@given(agreement=st.floats(0.1, 0.9), gamma=st.integers(1, 12), branches=st.integers(1, 300))
 @settings(max_examples=60, deadline=None)
 def test_better_drafts_longer_windows_and_more_branches_give_more(agreement: float, gamma: int, branches: int) -> None:
     curve = CURVE.with_agreement(agreement)
