@@ -155,8 +155,7 @@ def main(
     )
     target = SharedDevice(open_watched(target_device, clock, Lane.TARGET))
     arms, memory = load_arms(bundle, manifest, options, target, draft_devices, clock)
-    asked_of = own_questions if questions_file is None else partial(read_questions, questions_file)
-    questions = with_preface(asked_of(per_category), asked_of(None), preface)
+    questions = chosen_questions(questions_file, per_category, preface)
     facts = {
         **provenance("mirror.bench.gpu_rounds"),
         "gpu": gpu_name(0),
@@ -181,6 +180,12 @@ def main(
             _write(out, facts, rows)
     for arm in arms:
         arm.engine.close()
+
+
+def chosen_questions(file: Path | None, per_category: int, preface: int) -> tuple[Question, ...]:
+    """Return questions of a file, or the project's own, each after so many characters of others."""
+    asked_of = own_questions if file is None else partial(read_questions, file)
+    return with_preface(asked_of(per_category), asked_of(None), preface)
 
 
 def own_questions(per_kind: int | None) -> tuple[Question, ...]:

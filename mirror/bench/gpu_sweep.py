@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ import click
 
 from mirror.bench.gpu_clock import PassClock
 from mirror.bench.gpu_devices import open_watched
-from mirror.bench.gpu_rounds import Arm, Asked, compare, own_questions, row
+from mirror.bench.gpu_rounds import Arm, Asked, chosen_questions, compare, row
 from mirror.bench.gpu_shared import SharedDevice
 from mirror.bench.provenance import gpu_name, provenance
-from mirror.bench.questions import read_questions, with_preface
 from mirror.bench.settings import read_settings
 from mirror.bundle import Manifest, read_manifest
 from mirror.runtime.engine import Engine
@@ -76,8 +74,7 @@ def main(
     manifest, clock = read_manifest(bundle), PassClock()
     base = EngineOptions(max_length=max_length, threads=threads, pinned=True, mode=Mode.MIRROR)
     target = SharedDevice(open_watched(target_device, clock, Lane.TARGET))
-    asked_of = own_questions if questions_file is None else partial(read_questions, questions_file)
-    questions = with_preface(asked_of(per_category), asked_of(None), preface)
+    questions = chosen_questions(questions_file, per_category, preface)
     arms: list[Arm] = []
     for text in ("", *variants):
         # The target's passes stay at the bundle's width, so a narrower window is a matter of each answer.

@@ -143,10 +143,10 @@ std::shared_ptr<Device> open_cuda(const DeviceName& name, Role role) {
   provider.sized_total = true;
   provider.stream = open_cuda_stream(index, role != Role::target, name.share);
   provider.free_memory = [name = provider.device, index] { return FreeMemory{name, cuda_driver().free_bytes(index)}; };
-  return std::make_shared<SessionDevice>(provider,
-                                         [index, stream = provider.stream](Ort::SessionOptions& options, int, int capacity) {
-                                           use_cuda(options, index, stream->handle(), capacity);
-                                         });
+  const auto configure = [index, stream = provider.stream](Ort::SessionOptions& options, int, int capacity) {
+    use_cuda(options, index, stream->handle(), capacity);
+  };
+  return std::make_shared<SessionDevice>(provider, configure);
 }
 
 // One device of a plugin that compiles for fixed sizes and keeps no cache of its own.
