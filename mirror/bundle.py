@@ -59,6 +59,10 @@ OUTPUT_NAMES = (
 )
 
 
+# A draft's segments with products of 8-bit integers, for ONNX Runtime's CPU, by the names of its other ones.
+INT8_SEGMENTS: Mapping[str, str] = {"draft_trunk": "draft_trunk_int8", "draft": "draft_int8"}
+
+
 class Form(Enum):
     """How a graph keeps its KV cache.
 

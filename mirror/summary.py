@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mirror.bundle import Form, Manifest, Segment, read_manifest
+from mirror.bundle import INT8_SEGMENTS, Form, Manifest, Segment, read_manifest
 
 # A graph keeps its cache in place, which ONNX Runtime's own devices do, or hands its rows to the host.
 DEVICES_OF_FORM = {
@@ -53,9 +53,9 @@ class Memory:
 def memory_of(segments: Sequence[SegmentSummary], max_length: int) -> Memory:
     """Return what some segments take together; the draft's graphs share one cache.
 
-    The one for drawn answers is left out: only GPUs load it, and what is loaded is checked by itself.
+    Those for GPUs or CPUs alone are left out: what is loaded is checked by itself.
     """
-    everywhere = [segment for segment in segments if segment.name != "draft_sampled"]
+    everywhere = [segment for segment in segments if segment.name not in ("draft_sampled", *INT8_SEGMENTS.values())]
     slots = sum(segment.slot_bytes for segment in everywhere if segment.name != "draft_trunk")
     return Memory(sum(segment.weight_bytes for segment in everywhere), slots, max_length)
 
@@ -153,5 +153,14 @@ def _segment(folder: Path, manifest: Manifest, segment: Segment) -> SegmentSumma
         weight_bytes=memory.weight_bytes,
         slot_bytes=slot_bytes(segment.kv),
         kv_bytes=memory.cache_bytes,
-        devices=tuple(device for form in segment.graphs for device in DEVICES_OF_FORM[form]),
+        devices=_devices(manifest, segment),
     )
+
+
+def _devices(manifest: Manifest, segment: Segment) -> tuple[str, ...]:
+    """Return the devices that run a segment's graphs."""
+    if segment.name in INT8_SEGMENTS.values():
+        return ("cpu",)
+    devices = (device for form in segment.graphs for device in DEVICES_OF_FORM[form])
+    has_other = INT8_SEGMENTS.get(segment.name) in manifest.segments
+    return tuple(device for device in devices if not (has_other and device == "cpu"))

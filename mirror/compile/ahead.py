@@ -112,6 +112,11 @@ class _Recorder:
         return Form.ROWS
 
     @property
+    def int8_drafts(self) -> bool:
+        """Its operators don't round products so."""
+        return False
+
+    @property
     def padded_width(self) -> int:
         """As the device that will load them."""
         return self._compiler.padded_width

@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from mirror.errors import ExportError
 from mirror.export.graphs import insert_before, is_op, replace, sizes
 from mirror.export.pack import Parts, pack_attention, pack_gates, single_parts
-from mirror.export.quantize import ORT, Quantised, Quantiser, gather_attributes, is_quantisable, matmul_attributes
+from mirror.export.quantize import (
+    ORT,
+    Quantised,
+    Quantiser,
+    gather_attributes,
+    is_quantisable,
+    matmul_attributes,
+    quantise_rows,
+)
 from mirror.export.trace import DOMAIN, Aliases
 from mirror.export.weights import DRAFT_SCOPE, FileTensor, Found, MemoryTensor, WeightFile, WeightSource
 
@@ -54,7 +62,8 @@ class Precision(Enum):
 class Binder:
     """Binds the parameters of a bundle's graphs; each tensor is linked or written once.
 
-    `folder` is the bundle being made.
+    `folder` is the bundle being made. With `integers`, products are of 8-bit integers and the rest is float32,
+    whatever the bundle's precision: for a draft on a CPU.
     """
 
     folder: Path
@@ -63,15 +72,20 @@ class Binder:
     file: WeightFile
     linked: dict[Path, str] = field(default_factory=dict)
     quantised: dict[str, Quantised] = field(default_factory=dict)
+    integers: bool = False
 
     def of(self, source: WeightSource) -> Binder:
         """Return a binder over other tensors that shares what this one has linked and written."""
-        return Binder(self.folder, source, self.precision, self.file, self.linked, self.quantised)
+        return dataclasses.replace(self, source=source)
+
+    def of_integers(self) -> Binder:
+        """Return a binder of the same tensors for products of integers; it shares what this one has written."""
+        return dataclasses.replace(self, integers=True)
 
     @property
     def dtype(self) -> ir.DataType:
-        """The float type of the bundle."""
-        return self.precision.float_type
+        """The float type of the graphs that it binds."""
+        return ir.DataType.FLOAT if self.integers else self.precision.float_type
 
     def bind(self, graph: ir.Graph, parameters: Mapping[str, Aliases]) -> None:
         """Point every parameter of the graph at its bytes.
@@ -86,10 +100,15 @@ class Binder:
         # Graphs in 16 bits are a GPU's, whose narrow products cost more than writing these matrices anew.
         if self._writes(graph, parts) or self.dtype is not ir.DataType.FLOAT:
             parts = pack_gates(graph, pack_attention(graph, parts))
-        if self.precision.bits is not None:
+        if self.integers:
+            self._use_integers(graph, parts)
+            self._use_own_tables(graph, parts)
+        elif self.precision.bits is not None:
             self._quantise(graph, parts, Quantiser(self.precision.bits, self.file, self.dtype))
         for name, pieces in parts.items():
             value = graph.initializers[name]
+            if value.const_value is not None:
+                continue
             if list(value.uses()):
                 self._set(value, self._float_tensor(pieces, value))
             else:
@@ -99,7 +118,7 @@ class Binder:
 
     def _writes(self, graph: ir.Graph, parts: Mapping[str, Parts]) -> bool:
         """Whether weights are converted; then it costs nothing to lay them out anew."""
-        if self.precision.bits is not None:
+        if self.integers or self.precision.bits is not None:
             return True
         largest = max(parts, key=lambda name: int(np.prod(sizes(graph.initializers[name]))))
         return not self._is_usable(self._find(parts[largest][0]).tensor)
@@ -188,11 +207,52 @@ class Binder:
             product = insert_before(graph, node, "Add", [product, node.inputs[2]], like=output)
         replace(graph, node, product)
 
+    # --- products of integers ---------------------------------------------------------------------
+
+    def _use_integers(self, graph: ir.Graph, parts: Mapping[str, Parts]) -> None:
+        """Turn linear layers into `DynamicQuantizeMatMul`, which rounds all that it multiplies by one scale."""
+        for node in list(graph):
+            weight = node.inputs[1] if is_op(node, "Linear", DOMAIN) else None
+            if weight is None or weight.name not in parts or not is_quantisable(str(weight.name)):
+                continue
+            pieces = parts[str(weight.name)]
+            self._check_shape(pieces, weight)
+            rows, columns = sizes(weight)
+            made = partial(self._float_array, pieces)
+            values, scales = quantise_rows(self.file, self._key(pieces), (rows, columns), made)
+            inputs = [node.inputs[0], self._tensor(graph, values), self._tensor(graph, scales), None, *node.inputs[2:]]
+            output = node.outputs[0]
+            replace(graph, node, insert_before(graph, node, "DynamicQuantizeMatMul", inputs, domain=ORT, like=output))
+
+    def _use_own_tables(self, graph: ir.Graph, parts: Mapping[str, Parts]) -> None:
+        """Look embeddings up in the bundle's own precision, as its other graphs do: they are large, and rows are few."""
+        own = dataclasses.replace(self, integers=False)
+        for node in list(graph):
+            table = node.inputs[0] if is_op(node, "Gather") else None
+            if table is None or str(table.name) not in parts:
+                continue
+            pieces = parts[str(table.name)]
+            quantised = self.quantised.get(self._key(pieces))
+            if quantised is not None:
+                rows = self._quantised_rows(graph, node, quantised)
+            else:
+                self._set(table, own._float_tensor(pieces, table))
+                rows = insert_before(graph, node, "Gather", node.inputs, {"axis": 0}, like=node.outputs[0])
+            if own.dtype is not self.dtype:
+                rows.type = ir.TensorType(own.dtype)
+                rows = insert_before(graph, node, "Cast", [rows], {"to": self.dtype}, like=node.outputs[0])
+            replace(graph, node, rows)
+
+    # --- embeddings -------------------------------------------------------------------------------
+
     def _gather_quantised(self, graph: ir.Graph, node: ir.Node, weight: Quantised) -> None:
+        replace(graph, node, self._quantised_rows(graph, node, weight))
+
+    def _quantised_rows(self, graph: ir.Graph, node: ir.Node, weight: Quantised) -> ir.Value:
         flat = [weight.rows, int(np.prod(sizes(weight.blocks)[1:]))]
         data = self.file.store(str(weight.blocks.name), ir.DataType.UINT8, flat, lambda: np.zeros(0, np.uint8))
         inputs = [self._tensor(graph, data, "flat"), node.inputs[1], self._tensor(graph, weight.scales)]
-        row = insert_before(
+        return insert_before(
             graph,
             node,
             "GatherBlockQuantized",
@@ -201,7 +261,6 @@ class Binder:
             attributes=gather_attributes(weight),
             like=node.outputs[0],
         )
-        replace(graph, node, row)
 
     def _tensor(self, graph: ir.Graph, tensor: ir.ExternalTensor, suffix: str = "") -> ir.Value:
         name = f"{tensor.name}{suffix}"
@@ -232,6 +291,13 @@ class Binder:
     def _set(self, value: ir.Value, tensor: ir.ExternalTensor) -> None:
         value.const_value = tensor
         value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(list(tensor.shape))
+
+
+def suits_integers(graph: ir.Graph, parameters: Mapping[str, Aliases]) -> bool:
+    """Return whether all matrices of a normalised graph belong to linear layers or are looked up by rows."""
+    matrices = [graph.initializers[name] for name in parameters if name in graph.initializers]
+    readers = {use.node for value in matrices if len(sizes(value)) > 1 for use in value.uses()}
+    return all(is_op(node, "Linear", DOMAIN) or is_op(node, "Gather") for node in readers)
 
 
 def adjoining(tensors: Sequence[FileTensor]) -> FileTensor | None:

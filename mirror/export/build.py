@@ -33,7 +33,7 @@ from mirror.bundle import (
     write_manifest,
 )
 from mirror.errors import ExportError
-from mirror.export.bind import Binder, Precision
+from mirror.export.bind import Binder, Precision, suits_integers
 from mirror.export.chat_format import chat_format
 from mirror.export.checkpoint import Checkpoint, eos_ids, open_checkpoint, tokenizer_fingerprint
 from mirror.export.cut import exit_layer_of
@@ -41,7 +41,7 @@ from mirror.export.distilled import Defaults, open_distilled
 from mirror.export.draft import DraftChoice, check_same_tokens, parse_draft, take_layers, with_layers
 from mirror.export.normalize import normalize
 from mirror.export.progress import Progress, Silent
-from mirror.export.recut import write_segments
+from mirror.export.recut import INT8_SOURCE, write_segments
 from mirror.export.selfcheck import CheckReport, check
 from mirror.export.trace import Aliases, Traced, trace
 from mirror.export.vocabulary import TrimmedSource, Vocabulary, only_trimmed
@@ -62,6 +62,7 @@ class ExportOptions:
         kappa: None takes what the trained draft's fan-out needs, else 8.
         draft_vocabulary: tokens that the draft's and the exit's heads know; None takes the trained draft's
             suggestion, 0 means all.
+        int8_draft: whether a draft gets graphs of its own for ONNX Runtime's CPU, with products of 8-bit integers.
     """
 
     exit_layer: str | None = None
@@ -72,6 +73,7 @@ class ExportOptions:
     draft: str | None = "ngram"
     draft_vocabulary: int | None = None
     prefill_chunk: int = 128
+    int8_draft: bool = True
     force: bool = False
     allow_failed_check: bool = False
 
@@ -233,13 +235,28 @@ class _Job:
         config, weights = self._draft_model(binder.source)
         traced = trace(config, _TORCH_TYPES.get(self.precision.float_type, torch.float32))
         names = take_layers(traced, choice.layers) if choice.layers else traced.parameters
-        model, binder = self._bound("draft", traced, names, binder.of(weights))
+        binder = binder.of(weights)
+        model, bound = self._bound("draft", traced, names, binder)
         streams, fed = 0, None
         if self.distilled is not None:
-            streams, fed = self.distilled.add_draft_inputs(model.graph, binder)
+            streams, fed = self.distilled.add_draft_inputs(model.graph, bound)
         ir.save(model, folder / "draft.source.onnx")
+        if self.options.int8_draft:
+            self._write_int8_draft(folder, binder, config)
         known = config.vocab_size if self.vocabulary is None else len(self.vocabulary.ids)
         return DraftFacts("model", self._draft_name(), traced.layers, config.vocab_size, known, streams, fed)
+
+    def _write_int8_draft(self, folder: Path, binder: Binder, config: PretrainedConfig) -> None:
+        """Write the source of the draft's graphs for ONNX Runtime's CPU, where its matrices can be integers."""
+        traced = trace(config, torch.float32)
+        names = take_layers(traced, self.draft.layers) if self.draft.layers else traced.parameters
+        model, aliases, integers = self._normalised("draft", traced, names, binder.of_integers())
+        if not suits_integers(model.graph, aliases):
+            return
+        integers.bind(model.graph, aliases)
+        if self.distilled is not None:
+            self.distilled.add_draft_inputs(model.graph, integers)
+        ir.save(model, folder / INT8_SOURCE)
 
     def _draft_name(self) -> str:
         # A folder's name, not its place: bundles travel.
@@ -266,6 +283,14 @@ class _Job:
         self, name: str, traced: Traced, aliases: Mapping[str, Aliases], binder: Binder
     ) -> tuple[ir.Model, Binder]:
         """Return a traced graph, normalised and with its weights, and the binder that gave them."""
+        model, aliases, binder = self._normalised(name, traced, aliases, binder)
+        binder.bind(model.graph, aliases)
+        return model, binder
+
+    def _normalised(
+        self, name: str, traced: Traced, aliases: Mapping[str, Aliases], binder: Binder
+    ) -> tuple[ir.Model, Mapping[str, Aliases], Binder]:
+        """Return a traced graph, normalised and with a head of its own for a trimmed vocabulary, and what binds it."""
         # An attention operator wants tables as long as the slots that it looks at, rows of branches included.
         slots = ROLLOUT_SLOTS if name == "draft" else 0
         model = normalize(traced, _positions(self.checkpoint, self.max_length) + slots)
@@ -278,8 +303,7 @@ class _Job:
                 only_trimmed(model.graph)
                 ir_passes.RemoveUnusedNodesPass()(model)
             self.vocabulary.add_ids(model.graph)
-        binder.bind(model.graph, aliases)
-        return model, binder
+        return model, aliases, binder
 
     def _files(self, folder: Path) -> dict[str, FileFacts]:
         paths = sorted(path for path in folder.rglob("*") if path.is_file())

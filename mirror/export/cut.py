@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.convenience as ir_convenience
 from numpy.typing import NDArray
 
-from mirror.bundle import NOISE_POSITIONS, NOISY_TOKENS, Form, LayerKV
+from mirror.bundle import INT8_SEGMENTS, NOISE_POSITIONS, NOISY_TOKENS, Form, LayerKV
 from mirror.export.distilled import ADAPTER_TENSORS, EPSILON_KEY, adapter_name
 from mirror.export.draft_inputs import extend_embedding
 from mirror.export.emit import Emitter
@@ -71,7 +71,26 @@ def whole_target(source: ir.Model, exit_layer: int) -> ir.Model:
 
 def cut_draft(source: ir.Model, kappa: int) -> Iterator[Piece]:
     """Yield the draft's two graphs in both forms, and, for GPUs, one whose scores get the target's noise."""
-    for form in Form:
+    yield from _draft_pieces(source, kappa, tuple(Form), {name: name for name in INT8_SEGMENTS})
+    graph, ids = _draft_graph(source)
+    # In 16 bits, as all that a GPU runs; and a whole vocabulary's noise would take a host too long to draw.
+    if graph.outputs[0].dtype is not ir.DataType.FLOAT and ids is not None:
+
+        def perturbed(emit: Emitter, logits: ir.Value) -> list[ir.Value]:
+            candidates = _drawn(emit, logits, kappa + 1, ids)
+            return [_first_candidate(emit, candidates), candidates]
+
+        yield _piece("draft_sampled", Form.INPLACE, graph, None, perturbed, branches=True)
+
+
+def cut_int8_draft(source: ir.Model, kappa: int) -> Iterator[Piece]:
+    """Yield the draft's two graphs for ONNX Runtime's CPU, from a source whose products are of integers."""
+    yield from _draft_pieces(source, kappa, (Form.INPLACE,), INT8_SEGMENTS)
+
+
+def _draft_pieces(source: ir.Model, kappa: int, forms: Sequence[Form], names: Mapping[str, str]) -> Iterator[Piece]:
+    """Yield the window's graph and the branches' in some cache forms, under other names."""
+    for form in forms:
         for segment, top in (("draft_trunk", kappa + 1), ("draft", 0)):
             graph, ids = _draft_graph(source)
 
@@ -83,16 +102,7 @@ def cut_draft(source: ir.Model, kappa: int) -> Iterator[Piece]:
                 candidates = _candidates(emit, logits, top, ids, "rows", form)
                 return [_first_candidate(emit, candidates[0]), *candidates]
 
-            yield _piece(segment, form, graph, None, end, branches=True)
-    graph, ids = _draft_graph(source)
-    # In 16 bits, as all that a GPU runs; and a whole vocabulary's noise would take a host too long to draw.
-    if graph.outputs[0].dtype is not ir.DataType.FLOAT and ids is not None:
-
-        def perturbed(emit: Emitter, logits: ir.Value) -> list[ir.Value]:
-            candidates = _drawn(emit, logits, kappa + 1, ids)
-            return [_first_candidate(emit, candidates), candidates]
-
-        yield _piece("draft_sampled", Form.INPLACE, graph, None, perturbed, branches=True)
+            yield _piece(names[segment], form, graph, None, end, branches=True)
 
 
 def _draft_graph(source: ir.Model) -> tuple[ir.Graph, ir.Value | None]:

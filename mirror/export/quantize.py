@@ -1,7 +1,8 @@
-"""Weight-only quantisation of linear layers, by ONNX Runtime's own block quantiser.
+"""Quantisation of linear layers, in two ways.
 
-Blocks of 32 along the input, symmetric, activations rounded to 8 bits inside the operator
-(`accuracy_level` 4): the layout that ONNX Runtime's fast CPU and CUDA kernels take.
+Weight-only, by ONNX Runtime's own block quantiser: blocks of 32 along the input, symmetric, activations rounded to
+8 bits inside the operator (`accuracy_level` 4), the layout that ONNX Runtime's fast CPU and CUDA kernels take. And, for
+a draft on a CPU, whole rows in 8 bits, to be multiplied by activations that are rounded as one (`quantise_rows`).
 """
 
 from __future__ import annotations
@@ -75,6 +76,31 @@ class Quantiser:
             f"{key}.scales", self.dtype, [rows, block_count], lambda: result()[1].astype(self.dtype.numpy())
         )
         return Quantised(blocks, scales, self.bits, rows, columns)
+
+
+def quantise_rows(
+    file: WeightFile, key: str, shape: tuple[int, int], make: Callable[[], NDArray[np.float32]]
+) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
+    """Return a weight as `DynamicQuantizeMatMul` takes it: int8 `[in, out]`, and a float32 scale for each output.
+
+    Args:
+        shape: `(out, in)`.
+        make: gives the weight, float32 `[out, in]`; called at most once per key.
+    """
+    rows, columns = shape
+    done: list[tuple[NDArray[np.int8], NDArray[np.float32]]] = []
+
+    def result() -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        if not done:
+            weight = make()
+            scales = np.abs(weight).max(axis=1) / 127
+            scales[scales == 0] = 1
+            done.append((np.rint(weight / scales[:, None]).astype(np.int8).T, scales.astype(np.float32)))
+        return done[0]
+
+    values = file.store(f"{key}:rows8.values", ir.DataType.INT8, [columns, rows], lambda: result()[0])
+    scales = file.store(f"{key}:rows8.scales", ir.DataType.FLOAT, [rows], lambda: result()[1])
+    return values, scales
 
 
 def _quantise(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

@@ -29,10 +29,11 @@ from mirror.bundle import (
     write_manifest,
 )
 from mirror.errors import ExportError
-from mirror.export.cut import Piece, cut_draft, cut_target, exit_layer_of, trimmed_vocabulary
+from mirror.export.cut import Piece, cut_draft, cut_int8_draft, cut_target, exit_layer_of, trimmed_vocabulary
 from mirror.export.graphs import dtype_of
 
 _SYMBOLS = {"width", "capacity", "rows"}
+INT8_SOURCE = "draft_int8.source.onnx"  # the draft whose products are of integers
 COMPILED_FOLDER = "compiled"  # where `mirror compile` puts what it makes
 
 
@@ -79,6 +80,8 @@ def write_segments(folder: Path, decoding: Decoding) -> dict[str, Segment]:
     if (folder / "draft.source.onnx").is_file():
         draft = ir.load(folder / "draft.source.onnx")
         pieces += cut_draft(draft, decoding.kappa)
+        if (folder / INT8_SOURCE).is_file():
+            pieces += cut_int8_draft(ir.load(folder / INT8_SOURCE), decoding.kappa)
         tokens = trimmed_vocabulary(draft)
         if tokens is not None and not (folder / VOCABULARY_FILE).exists():
             np.save(folder / VOCABULARY_FILE, tokens)

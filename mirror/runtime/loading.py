@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from mirror.bundle import NOISE_POSITIONS, ROLLOUT_SLOTS, VOCABULARY_FILE, DraftFacts, Manifest, Segment
+from mirror.bundle import (
+    INT8_SEGMENTS,
+    NOISE_POSITIONS,
+    ROLLOUT_SLOTS,
+    VOCABULARY_FILE,
+    DraftFacts,
+    Manifest,
+    Segment,
+)
 from mirror.errors import BundleError, RequestError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft
@@ -226,7 +234,7 @@ def memory_needs(
     target = dict.fromkeys(("target_prefix", "exit_head", "target_suffix"), _target_shapes(manifest, plan))
     shapes = target | _draft_passes(plan, placement.draft)
     for name, device in placement.segments.items():
-        segment, drafts = manifest.segments.get(name), device is placement.draft and name.startswith("draft")
+        segment, drafts = _placed(manifest, name, device), device is placement.draft and name.startswith("draft")
         if segment is None or (drafts and plan.mode is Mode.PLAIN):
             continue
         if name == "draft_sampled" and not _samples(manifest, plan, device):
@@ -259,7 +267,8 @@ def load_target(
     capacity, threads = plan.target_capacity, plan.target_threads
     other = suffix_device or device
     names, shapes = ("target_prefix", "exit_head", "target_suffix"), _target_shapes(manifest, plan)
-    segments = [(_segment(manifest, name), other if name == "target_suffix" else device) for name in names]
+    places = (device, device, other)
+    segments = [(_segment(manifest, name, place), place) for name, place in zip(names, places, strict=True)]
     prefix, exit_head, suffix = (
         place.load_segment(LoadRequest(folder, segment, shapes, capacity, threads)) for segment, place in segments
     )
@@ -286,7 +295,7 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
     if facts is None or facts.kind != "model":
         raise BundleError(f"the bundle's draft is {facts}; this version runs drafts of kind model or ngram")
     capacity = plan.draft_capacity
-    trunk, branch = _segment(manifest, "draft_trunk"), _segment(manifest, "draft")
+    trunk, branch = _segment(manifest, "draft_trunk", device), _segment(manifest, "draft", device)
     shape = DraftShape(
         capacity=capacity,
         max_positions=manifest.model.max_positions,
@@ -364,15 +373,21 @@ def _features(manifest: Manifest, facts: DraftFacts, device: Device, plan: Plan)
             f"the draft is fed by the state after layer {facts.feature_layer} and the target is cut after layer "
             f"{manifest.decoding.exit_layer}; export the bundle again"
         )
-    graphs = _segment(manifest, "draft").graphs
+    graphs = _segment(manifest, "draft", device).graphs
     spec = next(spec for spec in graphs[device.form].inputs if spec.name == "features")
     if spec.dtype == "bfloat16":
         raise RequestError("a draft fed by features runs in fp32 or fp16, this bundle is in bf16; export it in fp16")
     return FeatureStore(plan.target_capacity, int(spec.shape[2]), spec.dtype)
 
 
-def _segment(manifest: Manifest, name: str) -> Segment:
-    segment = manifest.segments.get(name)
+def _placed(manifest: Manifest, name: str, device: Device) -> Segment | None:
+    """Return a segment as a device runs it, under its usual name; None where the bundle has none."""
+    integers = manifest.segments.get(INT8_SEGMENTS.get(name, ""))
+    return replace(integers, name=name) if integers and device.int8_drafts else manifest.segments.get(name)
+
+
+def _segment(manifest: Manifest, name: str, device: Device) -> Segment:
+    segment = _placed(manifest, name, device)
     if segment is None:
         raise BundleError(f"the bundle has no {name}; export it again")
     return segment

@@ -244,6 +244,11 @@ class Device(Protocol):
         ...
 
     @property
+    def int8_drafts(self) -> bool:
+        """Whether drafts run in the segments of `bundle.INT8_SEGMENTS` here, where a bundle has them."""
+        ...
+
+    @property
     def padded_width(self) -> int:
         """Rows up to which a draft's pass takes little longer than for one: they are padded to share a program.
 

@@ -602,6 +602,11 @@ class OnnxRuntimeDevice:
         return self._form
 
     @property
+    def int8_drafts(self) -> bool:
+        """Most providers have no kernel for products that round what they multiply."""
+        return False
+
+    @property
     def padded_width(self) -> int:
         """A session takes every shape."""
         return 1

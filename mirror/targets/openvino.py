@@ -342,6 +342,11 @@ class OpenVinoDevice:
         return Form.ROWS
 
     @property
+    def int8_drafts(self) -> bool:
+        """Its operators don't round products so."""
+        return False
+
+    @property
     def padded_width(self) -> int:
         """See `openvino_settings.padded_width`."""
         return padded_width(self._unit)

@@ -82,6 +82,11 @@ class OuterDevice:
         return self._inner.form
 
     @property
+    def int8_drafts(self) -> bool:
+        """The inner device's."""
+        return self._inner.int8_drafts
+
+    @property
     def padded_width(self) -> int:
         """The inner device's."""
         return self._inner.padded_width
