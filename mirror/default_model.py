@@ -25,7 +25,7 @@ CACHE_VARIABLE = "MIRROR_CACHE"
 EXPORT_MODULES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "gguf", "accelerate")
 _DRAFT_RECORD = "distill.json"
 # How graphs are written: those of a bundle that an earlier export left in the cache may not take what is fed now.
-_GRAPHS = 2
+_GRAPHS = 3
 INSTALL_EXPORT = 'pip install "mirror-sd[export]"'
 
 

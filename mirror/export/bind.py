@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mirror.errors import ExportError
-from mirror.export.graphs import insert_before, is_op, replace, sizes
+from mirror.export.graphs import constant, insert_before, int64s, is_op, replace, sizes
 from mirror.export.pack import Parts, pack_attention, pack_gates, single_parts
 from mirror.export.quantize import (
     ORT,
@@ -220,12 +220,35 @@ class Binder:
             rows, columns = sizes(weight)
             made = partial(self._float_array, pieces)
             values, scales = quantise_rows(self.file, self._key(pieces), (rows, columns), made)
-            inputs = [node.inputs[0], self._tensor(graph, values), self._tensor(graph, scales), None, *node.inputs[2:]]
-            output = node.outputs[0]
-            replace(graph, node, insert_before(graph, node, "DynamicQuantizeMatMul", inputs, domain=ORT, like=output))
+            largest = self._largest_of_rows(graph, node)
+            x, output = node.inputs[0], node.outputs[0]
+            if largest is not None:
+                x = insert_before(graph, node, "Div", [x, largest], like=x)
+            inputs = [x, self._tensor(graph, values), self._tensor(graph, scales)]
+            product = insert_before(graph, node, "DynamicQuantizeMatMul", inputs, domain=ORT, like=output)
+            if largest is not None:
+                product = insert_before(graph, node, "Mul", [product, largest], like=output)
+            if len(node.inputs) > 2:
+                product = insert_before(graph, node, "Add", [product, node.inputs[2]], like=output)
+            replace(graph, node, product)
+
+    def _largest_of_rows(self, graph: ir.Graph, node: ir.Node) -> ir.Value | None:
+        """Return the largest magnitude of each of a linear layer's input rows, None where norms keep rows alike.
+
+        What an activation gives can be a thousand times as large for a text's first token as for the others, of
+        which a common scale would leave nothing.
+        """
+        maker = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if maker is None or maker.op_type != "Mul":
+            return None
+        magnitudes = insert_before(graph, node, "Abs", [node.inputs[0]], like=node.inputs[0])
+        last = int64s(graph, -1)
+        largest = insert_before(graph, node, "ReduceMax", [magnitudes, last], {"keepdims": 1})
+        least = constant(graph, "least_magnitude", np.array(1e-12, np.float32))
+        return insert_before(graph, node, "Max", [largest, least])
 
     def _use_own_tables(self, graph: ir.Graph, parts: Mapping[str, Parts]) -> None:
-        """Look embeddings up in the bundle's own precision, as its other graphs do: they are large, and rows are few."""
+        """Look embeddings up in the bundle's own precision, as its other graphs do: they are large, rows are few."""
         own = dataclasses.replace(self, integers=False)
         for node in list(graph):
             table = node.inputs[0] if is_op(node, "Gather") else None

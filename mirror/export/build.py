@@ -62,7 +62,8 @@ class ExportOptions:
         kappa: None takes what the trained draft's fan-out needs, else 8.
         draft_vocabulary: tokens that the draft's and the exit's heads know; None takes the trained draft's
             suggestion, 0 means all.
-        int8_draft: whether a draft gets graphs of its own for ONNX Runtime's CPU, with products of 8-bit integers.
+        int8_draft: whether a draft gets graphs of its own for ONNX Runtime's CPU, with products of 8-bit integers;
+            None means one that `mirror distill` made. The more layers, the more of its guesses that changes.
     """
 
     exit_layer: str | None = None
@@ -73,7 +74,7 @@ class ExportOptions:
     draft: str | None = "ngram"
     draft_vocabulary: int | None = None
     prefill_chunk: int = 128
-    int8_draft: bool = True
+    int8_draft: bool | None = None
     force: bool = False
     allow_failed_check: bool = False
 
@@ -241,7 +242,8 @@ class _Job:
         if self.distilled is not None:
             streams, fed = self.distilled.add_draft_inputs(model.graph, bound)
         ir.save(model, folder / "draft.source.onnx")
-        if self.options.int8_draft:
+        wanted = self.options.int8_draft
+        if wanted or (wanted is None and self.distilled is not None):
             self._write_int8_draft(folder, binder, config)
         known = config.vocab_size if self.vocabulary is None else len(self.vocabulary.ids)
         return DraftFacts("model", self._draft_name(), traced.layers, config.vocab_size, known, streams, fed)

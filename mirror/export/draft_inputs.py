@@ -31,14 +31,15 @@ def extend_embedding(source: ir.Graph, graph: ir.Graph, epsilon: float) -> None:
         epsilon: of the features' norm.
     """
     lookup = next(node for node in graph if any(value is graph.inputs[0] for value in node.inputs))
-    embedding = lookup.outputs[0]
+    embedding = _widened(lookup.outputs[0])
     uses = list(embedding.uses())
     emit = Emitter(graph, graph.inputs[0], uses[0].node)
     result = embedding
     if STREAMS in source.initializers:
         result = _with_streams(emit, _copied(source, graph, STREAMS), lookup, result)
     if FEATURE_WEIGHT in source.initializers:
-        result = _with_features(emit, source, graph, result, epsilon)
+        # The target's states are of the type that its embedding has.
+        result = _with_features(emit, source, graph, result, epsilon, dtype_of(lookup.outputs[0]))
     for use in uses:
         use.node.replace_input_with(use.idx, result)
 
@@ -61,11 +62,23 @@ def _with_streams(emit: Emitter, streams: ir.Value, lookup: ir.Node, embedding: 
     return emit.op("Where", [is_stream, vectors, embedding], like=embedding)
 
 
-def _with_features(emit: Emitter, source: ir.Graph, graph: ir.Graph, embedding: ir.Value, epsilon: float) -> ir.Value:
-    """Return the embedding plus what the exit layer's state adds."""
+def _widened(embedding: ir.Value) -> ir.Value:
+    """Return looked up rows, or what they are turned into where that is all that is done with them."""
+    readers = [use.node for use in embedding.uses()]
+    return readers[0].outputs[0] if len(readers) == 1 and is_op(readers[0], "Cast") else embedding
+
+
+def _with_features(
+    emit: Emitter, source: ir.Graph, graph: ir.Graph, embedding: ir.Value, epsilon: float, dtype: ir.DataType
+) -> ir.Value:
+    """Return the embedding plus what the exit layer's state, of some type, adds."""
     norm, weight, absent = (_copied(source, graph, name) for name in (FEATURE_NORM, FEATURE_WEIGHT, FEATURE_ABSENT))
     wide = dimension(norm, 0)
-    features = emit.declare("features", dtype_of(embedding), (1, "width", wide))
+    features = emit.declare("features", dtype, (1, "width", wide))
+    if dtype is not dtype_of(embedding):
+        shape = features.shape
+        features = emit.cast(features, dtype_of(embedding))
+        features.type, features.shape = embedding.type, shape
     normed = emit.op("RMSNorm", [features, norm], {"epsilon": epsilon}, domain=DOMAIN, like=features)
     seen = emit.op("Linear", [normed, weight], domain=DOMAIN, like=embedding)
     half = emit.constant("half", np.array(0.5, np.float32))

@@ -100,6 +100,8 @@ class Device {
   virtual const std::string& name() const = 0;
   // The cache form of the graphs that it takes.
   virtual Form form() const = 0;
+  // Whether drafts run in the segments draft_int8 and draft_trunk_int8 here, where a bundle has them.
+  virtual bool int8_drafts() const { return false; }
   virtual FreeMemory free_memory() const { return host_memory_left(); }
   // Rows up to which a draft's pass takes little longer than for one: they are padded to share what is compiled.
   // 1 where any width runs as it is.

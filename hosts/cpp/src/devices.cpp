@@ -94,8 +94,12 @@ void require(const Provider& provider) {
 std::shared_ptr<Device> open_cpu() {
   Provider provider;
   provider.name = "CPUExecutionProvider";
-  return std::make_shared<SessionDevice>(provider,
-                                         [](Ort::SessionOptions& options, int, int) { share_host_memory(options); });
+  provider.int8_drafts = true;
+  return std::make_shared<SessionDevice>(provider, [](Ort::SessionOptions& options, int, int) {
+    share_host_memory(options);
+    // Without dot-product instructions, sums of two 8-bit products would overflow 16 bits.
+    options.AddConfigEntry("session.x64quantprecision", "1");
+  });
 }
 
 // A cache of as many slots is attended to by flash attention, or memory-efficient where that can't be: the time of

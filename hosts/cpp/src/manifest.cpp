@@ -16,8 +16,8 @@ constexpr const char* manifest_name = "mirror.json";
 const std::vector<std::string> dtypes = {"float32", "float16", "bfloat16", "int64", "int32"};
 const std::vector<std::string> precisions = {"fp32", "fp16", "bf16", "int8", "int4", "int8-fp16", "int4-fp16"};
 const std::vector<std::string> dimensions = {"width", "capacity", "rows"};
-const std::vector<std::string> segment_names = {"target_prefix", "target_suffix", "exit_head",
-                                                "draft",         "draft_trunk",   "draft_sampled"};
+const std::vector<std::string> segment_names = {"target_prefix", "target_suffix", "exit_head",  "draft",
+                                                "draft_trunk",   "draft_sampled", "draft_int8", "draft_trunk_int8"};
 
 int small(std::int64_t number) { return static_cast<int>(std::min<std::int64_t>(number, INT32_MAX)); }
 
@@ -96,7 +96,7 @@ std::map<std::string, SegmentFacts> read_segments(JsonObject segments) {
     if (std::count(segment_names.begin(), segment_names.end(), name) == 0)
       segments.fail("", "'" + name +
                             "' is not one of ['target_prefix', 'target_suffix', 'exit_head', 'draft', 'draft_trunk', "
-                            "'draft_sampled']");
+                            "'draft_sampled', 'draft_int8', 'draft_trunk_int8']");
     result.emplace(name, read_segment(segments.item(item, name)));
   }
   for (const char* name : {"target_prefix", "target_suffix", "exit_head"}) segments.any(name);

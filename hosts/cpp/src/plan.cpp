@@ -129,6 +129,22 @@ void check_rollout(const Plan& plan) {
 
 const Graph& any_graph(const SegmentFacts& facts) { return facts.graphs.begin()->second; }
 
+// A segment as a device runs it, under its usual name; none where the bundle has none.
+std::optional<SegmentFacts> placed(const Manifest& manifest, const std::string& name, const Device& device) {
+  auto found = device.int8_drafts() ? manifest.segments.find(name + "_int8") : manifest.segments.end();
+  if (found == manifest.segments.end()) found = manifest.segments.find(name);
+  if (found == manifest.segments.end()) return std::nullopt;
+  SegmentFacts facts = found->second;
+  facts.name = name;
+  return facts;
+}
+
+// The same. Throws Error(bundle) if the bundle has none.
+SegmentFacts placed_segment(const Manifest& manifest, const std::string& name, const Device& device) {
+  auto facts = placed(manifest, name, device);
+  return facts ? *std::move(facts) : manifest.segment(name);
+}
+
 // The bytes of one row [hidden] of a tensor [1, width, hidden].
 std::size_t row_bytes(const SegmentFacts& facts, const TensorSpec* spec, const char* name) {
   const bool known = spec != nullptr && spec->shape.size() == 3 && std::holds_alternative<std::int64_t>(spec->shape[2]);
@@ -275,15 +291,15 @@ std::vector<MemoryNeed> memory_needs(const std::filesystem::path& folder, const 
   std::vector<MemoryNeed> needs;
   std::vector<std::string> names;
   for (const Part& part : parts) {
-    const auto facts = manifest.segments.find(part.name);
-    if (facts == manifest.segments.end()) continue;
+    const auto facts = placed(manifest, part.name, *part.device);
+    if (!facts) continue;
     const auto at = std::find(names.begin(), names.end(), part.device->name()) - names.begin();
     if (at == static_cast<std::ptrdiff_t>(names.size())) {
       names.push_back(part.device->name());
       needs.push_back({part.device->free_memory(), {}});
     }
     needs[static_cast<std::size_t>(at)].segments.push_back(
-        segment_memory(folder, facts->second, part.device->form(), part.capacity));
+        segment_memory(folder, *facts, part.device->form(), part.capacity));
   }
   return needs;
 }
@@ -324,7 +340,8 @@ std::unique_ptr<Draft> load_draft(const std::filesystem::path& folder, const Man
                                   Device& device) {
   if (manifest.draft->kind == "ngram")
     return std::make_unique<NgramDraft>(plan.source, plan.fanout, plan.max_ngram_size);
-  const SegmentFacts &trunk = manifest.segment("draft_trunk"), &branch = manifest.segment("draft");
+  const SegmentFacts trunk = placed_segment(manifest, "draft_trunk", device);
+  const SegmentFacts branch = placed_segment(manifest, "draft", device);
   for (const char* name : {"candidate_ids", "candidate_logprobs"}) require_output(trunk, name);
   require_output(branch, "token_ids");
   const int capacity = plan.draft_capacity();

@@ -20,6 +20,8 @@ struct Provider {
   std::string name;            // as ONNX Runtime calls it
   std::string device = "cpu";  // as users call it
   Form form = Form::inplace;
+  // Whether it has kernels for products that round what they multiply to 8 bits.
+  bool int8_drafts = false;
   std::string memory;  // ONNX Runtime's name of its memory; empty for host memory
   int index = 0;
   // Whether a session is compiled for each pass shape; else one session takes them all.

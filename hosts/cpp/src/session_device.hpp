@@ -18,6 +18,7 @@ class SessionDevice final : public Device {
 
   const std::string& name() const override { return provider_.device; }
   Form form() const override { return provider_.form; }
+  bool int8_drafts() const override { return provider_.int8_drafts; }
   FreeMemory free_memory() const override {
     return provider_.free_memory ? provider_.free_memory() : host_memory_left();
   }
