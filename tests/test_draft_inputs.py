@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mirror.bundle import NOISE_POSITIONS, VOCABULARY_FILE, Form, Manifest, Segment, write_manifest
+from mirror.bundle import INT8_SEGMENTS, NOISE_POSITIONS, VOCABULARY_FILE, Form, Manifest, Segment, write_manifest
 from mirror.errors import ExportError
 from mirror.export import build, cut
+from mirror.export.bind import Binder, Precision
 from mirror.export.build import ExportOptions, export_bundle
 from mirror.export.checkpoint import open_checkpoint
+from mirror.export.lower import finish
 from mirror.export.recut import recut_bundle
+from mirror.export.trace import DOMAIN
+from mirror.export.weights import MemorySource, WeightFile
 from mirror.runtime.feeds import FeedPool
+from mirror.summary import summarize
 from mirror.targets.base import LoadRequest, PassShape, Tensor, to_host
 from mirror.targets.cpu import CpuDevice
 from tests.families import make_checkpoint
@@ -134,13 +142,19 @@ def _plain(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in own.items() if not name.startswith(("streams.", "features."))}
 
 
-@pytest.mark.parametrize("form", list(Form))
-def test_graphs_compute_what_torch_does(
-    bundle: tuple[Path, Manifest], llama: Path, distilled: Path, form: Form
-) -> None:
-    folder, manifest = bundle
+ROWS = [4, 5, 6]
+
+
+def _features(dtype: str = "float32") -> np.ndarray:
+    values = np.random.default_rng(0).standard_normal((len(TOKENS) + 2, HIDDEN)).astype(np.float16)
+    return values.astype(dtype)
+
+
+def _outputs(
+    folder: Path, manifest: Manifest, segments: tuple[str, str], form: Form, features: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Run a line of tokens and two streams through both graphs of a draft; return their outputs by name."""
     width = len(TOKENS) + 2
-    features = np.random.default_rng(0).standard_normal((width, HIDDEN)).astype(np.float32)
     vocab = manifest.model.vocab_size
     feeds = FeedPool(CAPACITY, 64).at(width)
     places = np.arange(width)
@@ -154,19 +168,95 @@ def test_graphs_compute_what_torch_does(
     slots = feeds.tensors["slot_branch"]
     assert isinstance(slots, np.ndarray)
     slots[len(TOKENS) : width] = 0
-    rows = [4, 5, 6]
     fed = np.array([0, 1, 1, 1, 1, 0, 0], np.float32)
-    tensors = {**feeds.tensors, "logit_rows": np.array(rows), "features": features[None], "feature_rows": fed}
-    ids, logprobs = _torch_candidates(llama, distilled, features, rows)
+    tensors = {**feeds.tensors, "logit_rows": np.array(ROWS), "features": features[None], "feature_rows": fed}
     found = {}
-    for name in ("draft", "draft_trunk"):
+    for name in segments:
         device, segment = CpuDevice(form), manifest.segments[name]
         loaded = device.load_segment(LoadRequest(folder, segment, [PassShape(width, 3)], CAPACITY, 1))
         outputs = loaded.run(tensors, device.make_cache(segment.kv, CAPACITY), 0)
         found |= {name + output: to_host(tensor).copy() for output, tensor in outputs.items()}
+    return found
+
+
+@pytest.mark.parametrize("form", list(Form))
+def test_graphs_compute_what_torch_does(
+    bundle: tuple[Path, Manifest], llama: Path, distilled: Path, form: Form
+) -> None:
+    features = _features()
+    ids, logprobs = _torch_candidates(llama, distilled, features, ROWS)
+    found = _outputs(*bundle, ("draft", "draft_trunk"), form, features)
     assert found["draft_trunkcandidate_ids"][0].tolist() == ids
     np.testing.assert_allclose(found["draft_trunkcandidate_logprobs"][0], logprobs, atol=2e-5)
     assert found["drafttoken_ids"][0].tolist() == found["draft_trunktoken_ids"][0].tolist() == [row[0] for row in ids]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4", "int8-fp16"])
+def test_on_a_cpu_a_trained_draft_multiplies_integers(
+    tmp_path: Path, llama: Path, distilled: Path, precision: str
+) -> None:
+    options = ExportOptions(draft=str(distilled), gamma=3, max_length=128, precision=precision)
+    manifest = export_bundle(str(llama), tmp_path / "b", options).manifest
+    feeds_type = "float16" if precision.endswith("fp16") else "float32"
+    trunk = manifest.segments["draft_trunk_int8"]
+    assert {layer.dtype for layer in trunk.kv} == {"float32"}
+    (features,) = (spec for spec in trunk.graphs[Form.INPLACE].inputs if spec.name == "features")
+    assert features.dtype == feeds_type, "what feeds it is the target's state as it is"
+    operators = Counter(node.op_type for node in ir.load(tmp_path / "b" / "draft_trunk_int8.onnx").graph)
+    # Packed query, key and value; output; packed gate and up; down; LM head. What feeds it is not rounded.
+    assert (operators["DynamicQuantizeMatMul"], operators["FusedMatMul"], operators["MatMulNBits"]) == (5, 1, 0)
+    _, logprobs = _torch_candidates(llama, distilled, _features(), ROWS)
+    found = _outputs(tmp_path / "b", manifest, ("draft_int8", "draft_trunk_int8"), Form.INPLACE, _features(feeds_type))
+    if precision != "int4":  # whose embedding is another
+        np.testing.assert_allclose(found["draft_trunk_int8candidate_logprobs"][0], logprobs, atol=0.25)
+    assert found["draft_int8token_ids"].tolist() == found["draft_trunk_int8token_ids"].tolist()
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e4])
+def test_one_large_row_leaves_the_others_their_digits(
+    tmp_path: Path, llama: Path, distilled: Path, magnitude: float
+) -> None:
+    """An MLP's inner rows can be a thousand times as large at a text's first token."""
+    random = np.random.default_rng(2)
+    weight = random.standard_normal((4, 8)).astype(np.float32)
+    x = random.standard_normal((1, 3, 8)).astype(np.float32)
+    x[0, 0] *= magnitude
+    value = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 3, 8]))
+    stored = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([4, 8]))
+    one = ir.Value(name="one", const_value=ir.tensor(np.ones(1, np.float32), name="one"))
+    gated = ir.node("Mul", [value, one])
+    linear = ir.node("Linear", [gated.outputs[0], stored], domain=DOMAIN)
+    gated.outputs[0].type, gated.outputs[0].shape = value.type, value.shape
+    linear.outputs[0].type, linear.outputs[0].shape = value.type, ir.Shape([1, 3, 4])
+    graph = ir.Graph([value], [linear.outputs[0]], nodes=[gated, linear], initializers=[stored, one])
+    (tmp_path / "weights").mkdir()
+    file = WeightFile(tmp_path / "weights" / "w.bin", "weights/w.bin")
+    Binder(tmp_path, MemorySource({"w": weight}), Precision.FP32, file).of_integers().bind(graph, {"w": ("w",)})
+    ir.save(finish(graph, "one"), tmp_path / "g.onnx")
+    (found,) = ort.InferenceSession(tmp_path / "g.onnx").run(None, {"x": x})
+    np.testing.assert_allclose(found[0, 1:], (x @ weight.T)[0, 1:], atol=0.15)
+
+
+@pytest.mark.parametrize(("asked", "draft", "has"), [(None, "d", True), (False, "d", False), (None, "layers:0", False)])
+def test_who_gets_integers(
+    tmp_path: Path, llama: Path, distilled: Path, asked: bool | None, draft: str, has: bool
+) -> None:
+    chosen = str(distilled) if draft == "d" else draft
+    options = ExportOptions(draft=chosen, gamma=3, max_length=128, int8_draft=asked)
+    manifest = export_bundle(str(llama), tmp_path / "b", options).manifest
+    assert (set(INT8_SEGMENTS.values()) <= manifest.segments.keys()) is has
+    renewed = recut_bundle(tmp_path / "b", kappa=4, output=tmp_path / "r")
+    assert renewed.segments.keys() == manifest.segments.keys()
+    devices = {segment.name: segment.devices for segment in summarize(tmp_path / "r").segments}
+    assert ("cpu" in devices["draft"]) is not has
+    assert devices.get("draft_int8", ("cpu",)) == ("cpu",)
+
+
+def test_matrices_of_other_operators_stay_as_they_are(tmp_path: Path) -> None:
+    experts = make_checkpoint("qwen3_moe", tmp_path / "moe")
+    options = ExportOptions(draft="layers:0", max_length=64, int8_draft=True)
+    manifest = export_bundle(str(experts), tmp_path / "b", options).manifest
+    assert not set(INT8_SEGMENTS.values()) & manifest.segments.keys()
 
 
 def test_the_exit_head_speaks_the_same_trimmed_vocabulary(bundle: tuple[Path, Manifest], distilled: Path) -> None:
