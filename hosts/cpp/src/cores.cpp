@@ -29,6 +29,16 @@ std::vector<int> numbers_of_allowed_cpus() {
 
 int all_cpus() { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); }
 
+// Whether the CPU has one of these features, or nobody says that it hasn't.
+bool may_have(const std::vector<std::string>& features) {
+  std::ifstream file("/proc/cpuinfo");
+  bool told = false;
+  for (std::string line; std::getline(file, line); told = true)
+    for (const std::string& feature : features)
+      if (line.find(feature) != std::string::npos) return true;
+  return !told;
+}
+
 }  // namespace
 
 int allowed_cpus() {
@@ -47,13 +57,12 @@ int physical_cores() {
 }
 
 bool may_have_amx() {
-  static const bool found = [] {
-    std::ifstream file("/proc/cpuinfo");
-    bool told = false;
-    for (std::string line; std::getline(file, line); told = true)
-      if (line.find("amx_tile") != std::string::npos) return true;
-    return !told;
-  }();
+  static const bool found = may_have({"amx_tile"});
+  return found;
+}
+
+bool may_have_vnni() {
+  static const bool found = may_have({"avx_vnni", "avx512_vnni"});
   return found;
 }
 

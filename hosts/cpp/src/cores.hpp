@@ -12,4 +12,7 @@ int physical_cores();
 // Whether the CPU has Intel's matrix units, or nobody says that it hasn't: only Linux lists them.
 bool may_have_amx();
 
+// Whether an x86 CPU adds up products of 8 bits in 32, or nobody says that it doesn't.
+bool may_have_vnni();
+
 }  // namespace mirror
