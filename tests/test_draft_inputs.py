@@ -237,7 +237,10 @@ def test_one_large_row_leaves_the_others_their_digits(
     np.testing.assert_allclose(found[0, 1:], (x @ weight.T)[0, 1:], atol=0.15)
 
 
-@pytest.mark.parametrize(("asked", "draft", "has"), [(None, "d", True), (False, "d", False), (None, "layers:0", False)])
+@pytest.mark.parametrize(
+    ("asked", "draft", "has"),
+    [(None, "d", True), (False, "d", False), (None, "layers:0", False), (True, "layers:0", True)],
+)
 def test_who_gets_integers(
     tmp_path: Path, llama: Path, distilled: Path, asked: bool | None, draft: str, has: bool
 ) -> None:
@@ -252,11 +255,12 @@ def test_who_gets_integers(
     assert devices.get("draft_int8", ("cpu",)) == ("cpu",)
 
 
-def test_matrices_of_other_operators_stay_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("draft", ["layers:0", "ngram"])
+def test_what_can_not_be_integers_is_said(tmp_path: Path, draft: str) -> None:
     experts = make_checkpoint("qwen3_moe", tmp_path / "moe")
-    options = ExportOptions(draft="layers:0", max_length=64, int8_draft=True)
-    manifest = export_bundle(str(experts), tmp_path / "b", options).manifest
-    assert not set(INT8_SEGMENTS.values()) & manifest.segments.keys()
+    with pytest.raises(ExportError, match=f"--int8-draft needs a draft that is a model, .* {draft} isn't one"):
+        export_bundle(str(experts), tmp_path / "b", ExportOptions(draft=draft, max_length=64, int8_draft=True))
+    assert not (tmp_path / "b").exists()
 
 
 def test_the_exit_head_speaks_the_same_trimmed_vocabulary(bundle: tuple[Path, Manifest], distilled: Path) -> None:

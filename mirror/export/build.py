@@ -142,6 +142,11 @@ class _Job:
         exits = self._save_target(folder, traced, binder)
         draft = self._write_draft(folder, binder)
         options = self.options
+        if options.int8_draft and not (folder / INT8_SOURCE).is_file():
+            raise ExportError(
+                "--int8-draft needs a draft that is a model, all of whose matrices belong to linear layers; "
+                f"{options.draft} isn't one; leave it out"
+            )
         decoding = Decoding(self.exit_layer, options.gamma, self.kappa, self.max_length, options.prefill_chunk, exits)
         self.progress.start("cut", None)
         segments = write_segments(folder, decoding)
