@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -179,15 +179,9 @@ class Binder:
     def _quantise(self, graph: ir.Graph, parts: Mapping[str, Parts], quantiser: Quantiser) -> None:
         """Turn linear layers into `MatMulNBits`, and embeddings tied to one into `GatherBlockQuantized`."""
         known = self.quantised
-        for node in list(graph):
-            weight = node.inputs[1] if is_op(node, "Linear", DOMAIN) else None
-            if weight is None or weight.name not in parts or not is_quantisable(str(weight.name)):
-                continue
-            pieces = parts[str(weight.name)]
-            self._check_shape(pieces, weight)
-            rows, columns = sizes(weight)
+        for node, pieces, shape in self._quantisable(graph, parts):
             key = self._key(pieces)
-            known[key] = quantiser.quantise(key, (rows, columns), partial(self._float_array, pieces))
+            known[key] = quantiser.quantise(key, shape, partial(self._float_array, pieces))
             self._use_quantised(graph, node, known[key])
         for node in list(graph):
             table = node.inputs[0] if is_op(node, "Gather") else None
@@ -196,6 +190,19 @@ class Binder:
             key = self._key(parts[str(table.name)])
             if key in known:
                 self._gather_quantised(graph, node, known[key])
+
+    def _quantisable(
+        self, graph: ir.Graph, parts: Mapping[str, Parts]
+    ) -> Iterator[tuple[ir.Node, Parts, tuple[int, int]]]:
+        """Yield the linear layers that are to be quantised, with their weights' parts and shape `(out, in)`."""
+        for node in list(graph):
+            weight = node.inputs[1] if is_op(node, "Linear", DOMAIN) else None
+            if weight is None or weight.name not in parts or not is_quantisable(str(weight.name)):
+                continue
+            pieces = parts[str(weight.name)]
+            self._check_shape(pieces, weight)
+            rows, columns = sizes(weight)
+            yield node, pieces, (rows, columns)
 
     def _use_quantised(self, graph: ir.Graph, node: ir.Node, weight: Quantised) -> None:
         inputs = [node.inputs[0], self._tensor(graph, weight.blocks), self._tensor(graph, weight.scales)]
@@ -211,15 +218,9 @@ class Binder:
 
     def _use_integers(self, graph: ir.Graph, parts: Mapping[str, Parts]) -> None:
         """Turn linear layers into `DynamicQuantizeMatMul`, which rounds all that it multiplies by one scale."""
-        for node in list(graph):
-            weight = node.inputs[1] if is_op(node, "Linear", DOMAIN) else None
-            if weight is None or weight.name not in parts or not is_quantisable(str(weight.name)):
-                continue
-            pieces = parts[str(weight.name)]
-            self._check_shape(pieces, weight)
-            rows, columns = sizes(weight)
+        for node, pieces, shape in self._quantisable(graph, parts):
             made = partial(self._float_array, pieces)
-            values, scales = quantise_rows(self.file, self._key(pieces), (rows, columns), made)
+            values, scales = quantise_rows(self.file, self._key(pieces), shape, made)
             largest = self._largest_of_rows(graph, node)
             x, output = node.inputs[0], node.outputs[0]
             if largest is not None:
