@@ -514,7 +514,8 @@ def devices(as_json: bool) -> None:
     "--mode",
     type=click.Choice(MODES),
     default="auto",
-    help="How tokens are made; auto takes what `mirror tune` found, else mirror, or plain without a draft.",
+    help="How tokens are made; auto takes what `mirror tune` found, else mirror, serial where draft and target share "
+    "one CPU, plain without a draft.",
 )
 @click.option(
     "--target-device",
@@ -639,7 +640,7 @@ def run(
 
     with mirror.load(
         bundle,
-        mode=tuned or "mirror",
+        mode=tuned or untuned_mode(bundle, target_device, suffix_device, draft_device),
         target_device=target_device,
         suffix_device=suffix_device,
         draft_device=draft_device,
@@ -717,6 +718,21 @@ def read_tuned_mode(bundle: Path) -> str | None:
         return manifest.settings.mode
     print_notice("the bundle has no draft: decoding in plain mode")
     return "plain"
+
+
+def untuned_mode(bundle: Path, target: str | None, suffix: str | None, draft: str | None) -> str:
+    """Return `mirror`, or `serial` where the draft would take its time from a target on the same CPU.
+
+    Args:
+        target, suffix, draft: the devices that the user names; else the bundle's settings say.
+    """
+    from mirror.bundle import read_manifest
+    from mirror.targets.base import is_cpu
+
+    settings = read_manifest(bundle).settings
+    targets = target or settings.target_device or "cpu", suffix or settings.suffix_device or ""
+    shared = any(map(is_cpu, targets)) and is_cpu(draft or settings.draft_device or "cpu")
+    return "serial" if shared else "mirror"
 
 
 def default_bundle() -> Path:

@@ -20,7 +20,7 @@ from tokenizers import models, pre_tokenizers
 
 import mirror
 from mirror.bundle import Settings, read_manifest, write_manifest
-from mirror.cli import main
+from mirror.cli import main, untuned_mode
 from mirror.default_model import default_bundle_path
 from tests.cli_reference import reference
 from tests.lookup import Lookup, LookupBundle, agreeing_table, random_table, write_bundle
@@ -94,6 +94,23 @@ def test_run_prints_the_text_on_stdout_and_statistics_on_stderr(bundle: Path, mo
 def test_an_untuned_mode_on_one_cpu_comes_with_a_tip(bundle: Path) -> None:
     assert "mirror tune" in ok(call("run", bundle, PROMPT)).stderr
     assert "mirror tune" not in ok(call("run", bundle, PROMPT, "--mode", "mirror")).stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "suffix", "draft", "mode"),
+    [
+        (None, None, None, "serial"),
+        ("openvino:cpu:f32", None, "cpu", "serial"),
+        ("cuda:0", None, None, "mirror"),
+        ("cuda:0", "cpu", "openvino:CPU", "serial"),
+        (None, None, "npu", "mirror"),
+        ("cuda:0", None, "cuda:0:0.25", "mirror"),
+    ],
+)
+def test_an_untuned_draft_beside_its_target_on_one_cpu_goes_first(
+    bundle: Path, target: str | None, suffix: str | None, draft: str | None, mode: str
+) -> None:
+    assert untuned_mode(bundle, target, suffix, draft) == mode
 
 
 def test_run_prints_no_statistics_when_told_so(bundle: Path) -> None:

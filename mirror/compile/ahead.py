@@ -29,7 +29,7 @@ from mirror.errors import DeviceError, RequestError
 from mirror.runtime.loading import load_draft, make_plan
 from mirror.runtime.options import EngineOptions
 from mirror.targets.artefacts import AS_IS, Quantized
-from mirror.targets.base import AheadCompiler, KVCache, LoadRequest, PassShape, RowTable, StoredWeights, Tensor
+from mirror.targets.base import AheadCompiler, KVCache, LoadRequest, PassShape, RowTable, StoredWeights, Tensor, is_cpu
 from mirror.targets.static_shapes import first_shapes, widths_of
 
 Say = Callable[[str], None]
@@ -75,17 +75,13 @@ def compile_bundle(
     with tempfile.TemporaryDirectory(prefix=f".{bundle.name}.compile-", dir=bundle.absolute().parent) as scratch:
         recorder = _Recorder(bundle, compiler, say, weights, Path(scratch))
         # A CPU's programs are for so many threads, which depends on where the target runs.
-        shared = compiler.compiles_for == "openvino:CPU" and _is_cpu(manifest.settings.target_device or "cpu")
+        shared = compiler.compiles_for == "openvino:CPU" and is_cpu(manifest.settings.target_device or "cpu")
         load_draft(bundle, manifest, recorder, make_plan(manifest, options, shared_cpu=shared))
     if recorder.made:
         _record(bundle, manifest, compiler.compiles_for, recorder.found)
     kept = [item for items in recorder.found.values() for item in items if item not in recorder.made]
     size = sum(path.stat().st_size for item in [*recorder.made, *kept] for path in _files(bundle, item))
     return CompileReport(compiler.compiles_for, tuple(recorder.made), tuple(kept), size)
-
-
-def _is_cpu(device: str) -> bool:
-    return device == "cpu" or device.startswith("openvino:CPU")
 
 
 class _Recorder:

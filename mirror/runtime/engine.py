@@ -33,7 +33,7 @@ from mirror.runtime.stopping import Stopping
 from mirror.runtime.target import Target
 from mirror.runtime.text import TextCodec, TextStream
 from mirror.runtime.worker import DraftSeat
-from mirror.targets.base import Device, FreeMemory
+from mirror.targets.base import Device, FreeMemory, is_cpu
 
 __all__ = ["Conversation", "Engine", "Result", "Stream", "load"]
 
@@ -64,7 +64,7 @@ class Engine:
         places = Placement(target_device, suffix_device or target_device, draft_device)
         targets = list(dict.fromkeys((places.target.name, places.suffix.name)))
         self.plan: Plan = make_plan(
-            manifest, options, shared_cpu=any(map(_on_cpu, targets)) and _on_cpu(draft_device.name)
+            manifest, options, shared_cpu=any(map(is_cpu, targets)) and is_cpu(draft_device.name)
         )
         if free_memory is not None:
             check_room(memory_needs(folder, manifest, places, self.plan), free_memory)
@@ -513,11 +513,6 @@ def load(
         suffix_device=None if suffix is None else open_device(suffix),
         free_memory=free_memory,
     )
-
-
-def _on_cpu(device_name: str) -> bool:
-    # More may follow the unit, such as a precision.
-    return device_name == "cpu" or device_name.startswith("openvino:CPU")
 
 
 def _mode(mode: str | Mode | None) -> Mode | None:

@@ -6,6 +6,7 @@ back: a device that isn't there raises `DeviceError` naming what was found and w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,3 +318,8 @@ class AheadCompiler(Protocol):
             DeviceError: the device can't take the graph.
         """
         ...
+
+
+def is_cpu(name: str) -> bool:
+    """Return whether a device, as users write it, is this machine's CPU."""
+    return re.fullmatch(r"cpu|openvino:cpu(:.*)?", name.strip(), re.IGNORECASE) is not None
