@@ -25,8 +25,8 @@ MANIFEST_NAME = "mirror.json"
 ROLLOUT_SLOTS = 4096  # slots past max_length that a draft's graphs have room for: the rows of a rollout
 NOISY_TOKENS = 256  # likeliest tokens that get noise in a draft's graph for draws: as many as in the target's draws
 NOISE_POSITIONS = 64  # rows of a noise table: a rollout looks at no more positions
-# What drafts that `mirror distill` trained read of a context: SmolLM2's, trained on short texts, guesses 2.8 tokens a
-# round with this much of 5,200, and 2.5 with all.
+# What drafts that `mirror distill` trained read of a context: SmolLM2's, trained on short texts, guesses with this much
+# of 5,200 tokens no worse than with all (docs/drafts.md), in less time.
 DRAFT_CONTEXT = 2048
 VOCABULARY_FILE = "draft_vocabulary.npy"  # the tokens that a trimmed head's scores are for, int64 [vocabulary]
 DATE_MARK = "{{date}}"  # in a chat format's texts, for today's date
@@ -222,6 +222,14 @@ class Settings:
     target_device: str | None = None
     suffix_device: str | None = None
     draft_device: str | None = None
+
+    def devices(self, target: str | None, suffix: str | None, draft: str | None) -> tuple[str, str | None, str]:
+        """Return where target, suffix and draft run, given what the user names; None is for a suffix with its target.
+
+        Settings hold together: a suffix was placed beside the target's device of the same settings.
+        """
+        tuned = self.suffix_device if target in (None, self.target_device) else None
+        return target or self.target_device or "cpu", suffix or tuned, draft or self.draft_device or "cpu"
 
 
 @dataclass(frozen=True)

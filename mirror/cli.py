@@ -634,13 +634,15 @@ def run(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, num_assistant_tokens
     )
     bundle = named or default_bundle()
-    tuned = read_tuned_mode(bundle) if mode == "auto" else mode
-    output = OutputOptions(as_json, not as_json if stats is None else stats, trace, untuned=tuned is None)
+    measured = True
+    if mode == "auto":
+        mode, measured = auto_mode(bundle, target_device, suffix_device, draft_device)
+    output = OutputOptions(as_json, not as_json if stats is None else stats, trace, untuned=not measured)
     import mirror
 
     with mirror.load(
         bundle,
-        mode=tuned or untuned_mode(bundle, target_device, suffix_device, draft_device),
+        mode=mode,
         target_device=target_device,
         suffix_device=suffix_device,
         draft_device=draft_device,
@@ -709,30 +711,26 @@ def read_prompt(path: str) -> str:
         raise RequestError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
 
 
-def read_tuned_mode(bundle: Path) -> str | None:
-    """Return the mode that the bundle's settings name, if any; `plain` without a draft, and say so."""
-    from mirror.bundle import read_manifest
+def auto_mode(bundle: Path, target: str | None, suffix: str | None, draft: str | None) -> tuple[str, bool]:
+    """Return the mode to decode in, and whether that was measured or is the only one.
 
-    manifest = read_manifest(bundle)
-    if manifest.draft is not None:
-        return manifest.settings.mode
-    print_notice("the bundle has no draft: decoding in plain mode")
-    return "plain"
-
-
-def untuned_mode(bundle: Path, target: str | None, suffix: str | None, draft: str | None) -> str:
-    """Return `mirror`, or `serial` where the draft would take its time from a target on the same CPU.
+    The bundle's settings say it; else `mirror`, or `serial` where the draft would take its time from a target on the
+    same CPU. `plain` without a draft, which is told.
 
     Args:
-        target, suffix, draft: the devices that the user names; else the bundle's settings say.
+        target, suffix, draft: the devices that the user names.
     """
     from mirror.bundle import read_manifest
-    from mirror.targets.base import is_cpu
+    from mirror.targets.base import share_cpu
 
-    settings = read_manifest(bundle).settings
-    targets = target or settings.target_device or "cpu", suffix or settings.suffix_device or ""
-    shared = any(map(is_cpu, targets)) and is_cpu(draft or settings.draft_device or "cpu")
-    return "serial" if shared else "mirror"
+    manifest = read_manifest(bundle)
+    if manifest.draft is None:
+        print_notice("the bundle has no draft: decoding in plain mode")
+        return "plain", True
+    if manifest.settings.mode is not None:
+        return manifest.settings.mode, True
+    place, other, own = manifest.settings.devices(target, suffix, draft)
+    return ("serial" if share_cpu((place, other or place), own) else "mirror"), False
 
 
 def default_bundle() -> Path:

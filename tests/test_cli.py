@@ -20,7 +20,7 @@ from tokenizers import models, pre_tokenizers
 
 import mirror
 from mirror.bundle import Settings, read_manifest, write_manifest
-from mirror.cli import main, untuned_mode
+from mirror.cli import auto_mode, main
 from mirror.default_model import default_bundle_path
 from tests.cli_reference import reference
 from tests.lookup import Lookup, LookupBundle, agreeing_table, random_table, write_bundle
@@ -110,7 +110,7 @@ def test_an_untuned_mode_on_one_cpu_comes_with_a_tip(bundle: Path) -> None:
 def test_an_untuned_draft_beside_its_target_on_one_cpu_goes_first(
     bundle: Path, target: str | None, suffix: str | None, draft: str | None, mode: str
 ) -> None:
-    assert untuned_mode(bundle, target, suffix, draft) == mode
+    assert auto_mode(bundle, target, suffix, draft) == (mode, False)
 
 
 def test_run_prints_no_statistics_when_told_so(bundle: Path) -> None:

@@ -213,9 +213,7 @@ def test_on_a_cpu_a_trained_draft_multiplies_integers(
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e4])
-def test_one_large_row_leaves_the_others_their_digits(
-    tmp_path: Path, llama: Path, distilled: Path, magnitude: float
-) -> None:
+def test_one_large_row_leaves_the_others_their_digits(tmp_path: Path, magnitude: float) -> None:
     """An MLP's inner rows can be a thousand times as large at a text's first token."""
     random = np.random.default_rng(2)
     weight = random.standard_normal((4, 8)).astype(np.float32)

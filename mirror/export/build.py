@@ -237,33 +237,32 @@ class _Job:
             return _ngram(target)
         if self.distilled is not None and not self.distilled.has_draft:
             return _ngram(target)
-        self.progress.start("trace draft", None)
         config, weights = self._draft_model(binder.source)
-        traced = trace(config, _TORCH_TYPES.get(self.precision.float_type, torch.float32))
-        names = take_layers(traced, choice.layers) if choice.layers else traced.parameters
         binder = binder.of(weights)
-        model, bound = self._bound("draft", traced, names, binder)
-        streams, fed = 0, None
-        if self.distilled is not None:
-            streams, fed = self.distilled.add_draft_inputs(model.graph, bound)
-        ir.save(model, folder / "draft.source.onnx")
+        layers, streams, fed = self._write_draft_source(folder / "draft.source.onnx", config, binder)
         wanted = self.options.int8_draft
         if wanted or (wanted is None and self.distilled is not None):
-            self._write_int8_draft(folder, binder, config)
+            self._write_draft_source(folder / INT8_SOURCE, config, binder.of_integers())
         known = config.vocab_size if self.vocabulary is None else len(self.vocabulary.ids)
-        return DraftFacts("model", self._draft_name(), traced.layers, config.vocab_size, known, streams, fed)
+        return DraftFacts("model", self._draft_name(), layers, config.vocab_size, known, streams, fed)
 
-    def _write_int8_draft(self, folder: Path, binder: Binder, config: PretrainedConfig) -> None:
-        """Write the source of the draft's graphs for ONNX Runtime's CPU, where its matrices can be integers."""
-        traced = trace(config, torch.float32)
+    def _write_draft_source(self, path: Path, config: PretrainedConfig, binder: Binder) -> tuple[int, int, int | None]:
+        """Write a source graph of the draft, but none of integers where its matrices can't be such.
+
+        Returns:
+            Its layers, its streams, and the exit layer that feeds it.
+        """
+        self.progress.start("trace draft", None)
+        traced = trace(config, _TORCH_TYPES.get(binder.dtype, torch.float32))
         names = take_layers(traced, self.draft.layers) if self.draft.layers else traced.parameters
-        model, aliases, integers = self._normalised("draft", traced, names, binder.of_integers())
-        if not suits_integers(model.graph, aliases):
-            return
-        integers.bind(model.graph, aliases)
-        if self.distilled is not None:
-            self.distilled.add_draft_inputs(model.graph, integers)
-        ir.save(model, folder / INT8_SOURCE)
+        model, aliases, binder = self._normalised("draft", traced, names, binder)
+        streams, fed = 0, None
+        if not binder.integers or suits_integers(model.graph, aliases):
+            binder.bind(model.graph, aliases)
+            if self.distilled is not None:
+                streams, fed = self.distilled.add_draft_inputs(model.graph, binder)
+            ir.save(model, path)
+        return traced.layers, streams, fed
 
     def _draft_name(self) -> str:
         # A folder's name, not its place: bundles travel.
@@ -279,20 +278,13 @@ class _Job:
 
     def _save_target(self, folder: Path, traced: Traced, binder: Binder) -> tuple[int, ...]:
         """Write the target's source graph; return the exit layers that got a trained head."""
-        model, binder = self._bound("target", traced, traced.parameters, binder)
+        model, aliases, binder = self._normalised("target", traced, traced.parameters, binder)
+        binder.bind(model.graph, aliases)
         exits: tuple[int, ...] = ()
         if self.distilled is not None:
             exits = self.distilled.add_exit_heads(model.graph, binder)
         ir.save(model, folder / "target.source.onnx")
         return exits
-
-    def _bound(
-        self, name: str, traced: Traced, aliases: Mapping[str, Aliases], binder: Binder
-    ) -> tuple[ir.Model, Binder]:
-        """Return a traced graph, normalised and with its weights, and the binder that gave them."""
-        model, aliases, binder = self._normalised(name, traced, aliases, binder)
-        binder.bind(model.graph, aliases)
-        return model, binder
 
     def _normalised(
         self, name: str, traced: Traced, aliases: Mapping[str, Aliases], binder: Binder

@@ -33,7 +33,7 @@ from mirror.runtime.stopping import Stopping
 from mirror.runtime.target import Target
 from mirror.runtime.text import TextCodec, TextStream
 from mirror.runtime.worker import DraftSeat
-from mirror.targets.base import Device, FreeMemory, is_cpu
+from mirror.targets.base import Device, FreeMemory, share_cpu
 
 __all__ = ["Conversation", "Engine", "Result", "Stream", "load"]
 
@@ -63,9 +63,7 @@ class Engine:
         self.manifest = manifest
         places = Placement(target_device, suffix_device or target_device, draft_device)
         targets = list(dict.fromkeys((places.target.name, places.suffix.name)))
-        self.plan: Plan = make_plan(
-            manifest, options, shared_cpu=any(map(is_cpu, targets)) and is_cpu(draft_device.name)
-        )
+        self.plan: Plan = make_plan(manifest, options, shared_cpu=share_cpu(targets, draft_device.name))
         if free_memory is not None:
             check_room(memory_needs(folder, manifest, places, self.plan), free_memory)
         self._folder = folder
@@ -499,17 +497,13 @@ def load(
     # Here, so that whoever brings their own devices needs none of the others' libraries.
     from mirror.targets import free_memory, open_device
 
-    settings = manifest.settings
-    # Settings hold together: a suffix was placed beside the target's device of the same settings.
-    tuned = settings.suffix_device if target_device in (None, settings.target_device) else None
-    target = open_device(target_device or settings.target_device or "cpu")
-    suffix = suffix_device or tuned
+    target, suffix, draft = manifest.settings.devices(target_device, suffix_device, draft_device)
     return Engine(
         folder,
         manifest,
         options,
-        target,
-        open_device(draft_device or settings.draft_device or "cpu", background=True),
+        open_device(target),
+        open_device(draft, background=True),
         suffix_device=None if suffix is None else open_device(suffix),
         free_memory=free_memory,
     )

@@ -7,7 +7,7 @@ back: a device that isn't there raises `DeviceError` naming what was found and w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -323,3 +323,8 @@ class AheadCompiler(Protocol):
 def is_cpu(name: str) -> bool:
     """Return whether a device, as users write it, is this machine's CPU."""
     return re.fullmatch(r"cpu|openvino:cpu(:.*)?", name.strip(), re.IGNORECASE) is not None
+
+
+def share_cpu(targets: Iterable[str], draft: str) -> bool:
+    """Return whether a draft's device and one of its target's are both this machine's CPU."""
+    return is_cpu(draft) and any(map(is_cpu, targets))
