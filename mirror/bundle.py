@@ -23,6 +23,7 @@ from mirror.errors import BundleError
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "mirror.json"
 ROLLOUT_SLOTS = 4096  # slots past max_length that a draft's graphs have room for: the rows of a rollout
+KEY_BLOCK = 16  # slots of a block of keys in a draft's cache, of which it has whole ones
 NOISY_TOKENS = 256  # likeliest tokens that get noise in a draft's graph for draws: as many as in the target's draws
 NOISE_POSITIONS = 64  # rows of a noise table: a rollout looks at no more positions
 # What drafts that `mirror distill` trained read of a context: SmolLM2's, trained on short texts, guesses with this much
@@ -127,12 +128,16 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Segment:
-    """One step of the model; `graphs` holds it in one or both forms, `compiled` what `mirror compile` made of it."""
+    """One step of the model; `graphs` holds it in one or both forms, `compiled` what `mirror compile` made of it.
+
+    `program` is the file that says where the weights of an int8 draft lie, for kernels that run its whole pass.
+    """
 
     name: str
     kv: tuple[LayerKV, ...]
     graphs: Mapping[Form, Graph]
     compiled: tuple[Compiled, ...] = ()
+    program: str | None = None
 
 
 @dataclass(frozen=True)
@@ -383,6 +388,8 @@ def _to_json(value: Any) -> Any:
         fields = {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
         if isinstance(value, Segment) and not value.compiled:
             del fields["compiled"]
+        if isinstance(value, Segment) and value.program is None:
+            del fields["program"]
         return fields
     if isinstance(value, Mapping):
         return {(key.value if isinstance(key, Form) else key): _to_json(item) for key, item in value.items()}
@@ -424,6 +431,7 @@ def _segment(item: dict[str, Any]) -> Segment:
         kv=tuple(LayerKV(**layer) for layer in item["kv"]),
         graphs={Form(form): _graph(graph) for form, graph in item["graphs"].items()},
         compiled=tuple(Compiled(**compiled) for compiled in item.get("compiled", ())),
+        program=item.get("program"),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import mirror
-from mirror.bundle import Form, LayerKV, read_manifest
+from mirror.bundle import Form, LayerKV, Segment, read_manifest
 from mirror.errors import DeviceError
 from mirror.runtime.graph_count import stored_weights
 from mirror.runtime.loading import Placement, draft_shapes, make_plan, memory_needs
@@ -73,12 +73,15 @@ def test_matrices_of_products_are_told_from_other_weights(tmp_path: Path) -> Non
     assert stored_weights(tmp_path / "graph.onnx") == StoredWeights(total, 48 + 40, 96 + 160, 48 + 6)
 
 
+DRAFT_SEGMENT = Segment("draft", (), {})
+
+
 def test_each_compiled_program_holds_its_own_matrices() -> None:
     stored = StoredWeights(bytes=1000, matrix_numbers=200, matrix_bytes=400, quantized_bytes=100)
     assert held_bytes("CPU", stored, 1, Precision.BF16) == held_bytes("CPU", stored, 1, None) == 400 + 100
     assert held_bytes("CPU", stored, 3, Precision.F32) == 3 * (800 + 100)
     assert held_bytes("GPU.1", stored, 3, Precision.F16) == 500 + 3 * (400 + 100)
-    assert CpuDevice().weight_bytes(stored, [PassShape(1), PassShape(4)]) == 1000
+    assert CpuDevice().weight_bytes(DRAFT_SEGMENT, stored, [PassShape(1), PassShape(4)]) == 1000
 
 
 @needs_openvino
@@ -86,9 +89,9 @@ def test_openvino_foresees_a_program_for_each_width_or_one_for_all() -> None:
     device = open_device("openvino:CPU:f32")
     shapes = [PassShape(1, 1), PassShape(4, 4), PassShape(4, 1)]
     few = StoredWeights(bytes=1000, matrix_numbers=200, matrix_bytes=400, quantized_bytes=0)
-    assert device.weight_bytes(few, shapes) == 2 * 800
+    assert device.weight_bytes(DRAFT_SEGMENT, few, shapes) == 2 * 800
     many = StoredWeights(bytes=GIB, matrix_numbers=200, matrix_bytes=400, quantized_bytes=0)
-    assert device.weight_bytes(many, shapes) == 800
+    assert device.weight_bytes(DRAFT_SEGMENT, many, shapes) == 800
 
 
 @needs_openvino
@@ -101,7 +104,7 @@ def test_loading_foresees_what_programs_hold(bundle: Path) -> None:
     shapes = {"draft_trunk": [PassShape(plan.gamma + 1)], "draft": draft_shapes(plan, drafts.padded_width)}
     for name, passes in shapes.items():
         graph = manifest.segments[name].graphs[Form.ROWS]
-        assert found[name] == drafts.weight_bytes(stored_weights(bundle / graph.file), passes)
+        assert found[name] == drafts.weight_bytes(manifest.segments[name], stored_weights(bundle / graph.file), passes)
 
 
 def test_a_slot_holds_a_key_and_a_value_in_each_layer() -> None:

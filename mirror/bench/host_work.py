@@ -23,9 +23,10 @@ from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.engine import Engine, Result
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Lane, Round
-from mirror.targets.base import LoadRequest
+from mirror.targets.base import LoadedSegment, LoadRequest, Tensor
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.onnxruntime_session import OnnxRuntimeSegment
+from mirror.targets.watched import Pass, WatchedSegment
 
 _WAITS = ("candidate_wait", "rollout_wait", "redraft", "draft_prefill_wait")
 
@@ -70,11 +71,19 @@ class ClockedCpu(CpuDevice):
         super().__init__()
         self._clock = clock
 
-    def load_segment(self, request: LoadRequest) -> OnnxRuntimeSegment:
+    def load_segment(self, request: LoadRequest) -> LoadedSegment:
         """Load a segment whose runs are noted."""
         loaded = super().load_segment(request)
-        loaded.session = ClockedSession(loaded.session, self._clock)
-        return loaded
+        if isinstance(loaded, OnnxRuntimeSegment):
+            loaded.session = ClockedSession(loaded.session, self._clock)
+            return loaded
+        return WatchedSegment(request, loaded, self._noted)
+
+    def _noted(self, started: Pass) -> Mapping[str, Tensor]:
+        start_s = time.perf_counter()
+        outputs = started.run()
+        self._clock.note(start_s)
+        return outputs
 
 
 def measure(bundle: Path, *, rounds: int, prompt: Sequence[int]) -> Mapping[str, object]:

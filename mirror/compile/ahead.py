@@ -20,6 +20,7 @@ from mirror.bundle import (
     Form,
     LayerKV,
     Manifest,
+    Segment,
     check_files,
     file_sha256,
     read_manifest,
@@ -117,7 +118,7 @@ class _Recorder:
         """As the device that will load them."""
         return self._compiler.padded_width
 
-    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+    def weight_bytes(self, segment: Segment, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
         """Nothing is held."""
         return 0
 

@@ -99,7 +99,7 @@ class Binder:
         parts = single_parts({name: names for name, names in parameters.items() if name in graph.initializers})
         # Graphs in 16 bits are a GPU's, whose narrow products cost more than writing these matrices anew.
         if self._writes(graph, parts) or self.dtype is not ir.DataType.FLOAT:
-            parts = pack_gates(graph, pack_attention(graph, parts))
+            parts = pack_gates(graph, pack_attention(graph, parts, normed=self.integers))
         if self.integers:
             self._use_integers(graph, parts)
             self._use_own_tables(graph, parts)

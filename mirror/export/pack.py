@@ -27,13 +27,18 @@ def single_parts(parameters: Mapping[str, Aliases]) -> dict[str, Parts]:
     return {name: (aliases,) for name, aliases in parameters.items()}
 
 
-def pack_attention(graph: ir.Graph, parts: dict[str, Parts]) -> dict[str, Parts]:
-    """Pack every layer's projections in place; return the parts that each initializer is now made of."""
+def pack_attention(graph: ir.Graph, parts: dict[str, Parts], *, normed: bool = False) -> dict[str, Parts]:
+    """Pack every layer's projections in place; return the parts that each initializer is now made of.
+
+    Args:
+        normed: whether to pack those too whose heads are normed before anything else. The attention operator has no
+            packed input then, so only the one product is won.
+    """
     parts = dict(parts)
     for node in list(graph):
         if not is_op(node, "Attention", DOMAIN):
             continue
-        linears = [_projection(value) for value in node.inputs]
+        linears = [_projection(value, normed=normed) for value in node.inputs]
         found = [linear for linear in linears if linear is not None]
         if len(found) == 3 and len({linear.inputs[0] for linear in found}) == 1 and _alike(found):
             _join(graph, found, parts)
@@ -80,15 +85,15 @@ def _linears_behind(value: ir.Value | None) -> list[ir.Node]:
     return found
 
 
-def _projection(value: ir.Value | None) -> ir.Node | None:
-    """Return the linear layer that a query, key or value comes straight from (a rotary may lie between)."""
+def _projection(value: ir.Value | None, *, normed: bool) -> ir.Node | None:
+    """Return the linear layer that a query, key or value comes straight from (a rotary may lie between, or a norm)."""
     node = value.producer() if value is not None else None
-    for expected in ("Rotary", "Transpose", "Reshape"):
+    for expected in ("Rotary", "Transpose", *(("RMSNorm",) if normed else ()), "Reshape"):
         if node is None:
             return None
         if node.op_type == expected:
             node = node.inputs[0].producer() if node.inputs[0] is not None else None
-        elif expected != "Rotary":
+        elif expected not in ("Rotary", "RMSNorm"):
             return None
     return node if is_op(node, "Linear", DOMAIN) else None
 

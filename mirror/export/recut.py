@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from mirror.bundle import (
+    INT8_SEGMENTS,
     MANIFEST_NAME,
     VOCABULARY_FILE,
     Decoding,
@@ -31,9 +35,11 @@ from mirror.bundle import (
 from mirror.errors import ExportError
 from mirror.export.cut import Piece, cut_draft, cut_int8_draft, cut_target, exit_layer_of, trimmed_vocabulary
 from mirror.export.graphs import dtype_of
+from mirror.export.program import draft_program
 
 _SYMBOLS = {"width", "capacity", "rows"}
 INT8_SOURCE = "draft_int8.source.onnx"  # the draft whose products are of integers
+PROGRAM_FILE = "draft_int8.json"  # where its tensors lie, for kernels that run its whole pass
 COMPILED_FOLDER = "compiled"  # where `mirror compile` puts what it makes
 
 
@@ -62,7 +68,7 @@ def recut_bundle(
         _share(bundle, folder, manifest)
         segments = write_segments(folder, decoding)
         files = {name: facts for name, facts in manifest.files.items() if not _is_made_anew(name)}
-        for path in sorted([*folder.glob("*.onnx"), *folder.glob(VOCABULARY_FILE)]):
+        for path in sorted([*folder.glob("*.onnx"), *folder.glob(VOCABULARY_FILE), *folder.glob(PROGRAM_FILE)]):
             if _is_segment(path.name) or path.name not in files:
                 files[path.name] = FileFacts(path.stat().st_size, file_sha256(path))
         settings = _settings(manifest, decoding)
@@ -76,12 +82,15 @@ def recut_bundle(
 
 def write_segments(folder: Path, decoding: Decoding) -> dict[str, Segment]:
     """Cut and lower the source graphs of a folder; write every segment's files and return their records."""
+    program = None
     pieces = list(cut_target(ir.load(folder / "target.source.onnx"), decoding.exit_layer, decoding.kappa))
     if (folder / "draft.source.onnx").is_file():
         draft = ir.load(folder / "draft.source.onnx")
         pieces += cut_draft(draft, decoding.kappa)
         if (folder / INT8_SOURCE).is_file():
-            pieces += cut_int8_draft(ir.load(folder / INT8_SOURCE), decoding.kappa)
+            int8_draft = ir.load(folder / INT8_SOURCE)
+            program = draft_program(int8_draft)
+            pieces += cut_int8_draft(int8_draft, decoding.kappa)
         tokens = trimmed_vocabulary(draft)
         if tokens is not None and not (folder / VOCABULARY_FILE).exists():
             np.save(folder / VOCABULARY_FILE, tokens)
@@ -90,7 +99,21 @@ def write_segments(folder: Path, decoding: Decoding) -> dict[str, Segment]:
     for piece in pieces:
         graphs.setdefault(piece.segment, {})[piece.form] = _save(folder, piece)
         caches[piece.segment] = piece.kv
-    return {name: Segment(name, caches[name], forms) for name, forms in graphs.items()}
+    described = INT8_SEGMENTS.values() if _save_program(folder, program) else ()
+    return {
+        name: Segment(name, caches[name], forms, program=PROGRAM_FILE if name in described else None)
+        for name, forms in graphs.items()
+    }
+
+
+def _save_program(folder: Path, program: Mapping[str, Any] | None) -> bool:
+    """Write a draft's program in place of the one that is there; return whether it has one."""
+    path = folder / PROGRAM_FILE
+    path.unlink(missing_ok=True)
+    if program is None:
+        return False
+    path.write_text(json.dumps(program, separators=(",", ":")) + "\n", encoding="utf-8")
+    return True
 
 
 def _save(folder: Path, piece: Piece) -> Graph:
@@ -147,8 +170,8 @@ def _is_segment(name: str) -> bool:
 
 
 def _is_made_anew(name: str) -> bool:
-    """Whether a file of the bundle belongs to the old cut: its graphs, and what was compiled from them."""
-    return _is_segment(name) or name.startswith(f"{COMPILED_FOLDER}/")
+    """Whether a file of the bundle belongs to the old cut: its graphs, a program, and what was compiled from them."""
+    return _is_segment(name) or name == PROGRAM_FILE or name.startswith(f"{COMPILED_FOLDER}/")
 
 
 def _share(bundle: Path, folder: Path, manifest: Manifest) -> None:
@@ -167,10 +190,13 @@ def _replace_folder(folder: Path, place: Path) -> None:
     if not place.exists():
         os.replace(folder, place)
         return
-    # In place only the graphs and the manifest change; the manifest goes last.
-    names = sorted(path.name for path in folder.glob("*.onnx") if _is_segment(path.name))
+    # In place only what belongs to the cut changes; the manifest goes last.
+    names = sorted(path.name for path in folder.iterdir() if _is_made_anew(path.name))
+    program_is_old = PROGRAM_FILE not in names
     if (folder / VOCABULARY_FILE).exists() and not (place / VOCABULARY_FILE).exists():
         names.append(VOCABULARY_FILE)
     for name in [*names, MANIFEST_NAME]:
         os.replace(folder / name, place / name)
+    if program_is_old:
+        (place / PROGRAM_FILE).unlink(missing_ok=True)
     shutil.rmtree(place / COMPILED_FOLDER, ignore_errors=True)

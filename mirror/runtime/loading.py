@@ -11,6 +11,7 @@ import numpy as np
 
 from mirror.bundle import (
     INT8_SEGMENTS,
+    KEY_BLOCK,
     NOISE_POSITIONS,
     ROLLOUT_SLOTS,
     VOCABULARY_FILE,
@@ -69,8 +70,8 @@ class Plan:
 
     @property
     def draft_capacity(self) -> int:
-        """Slots of the draft's cache."""
-        return self.draft_context + self.rollout_slots
+        """Slots of the draft's cache, in whole blocks of keys as this package's own kernels lay them out."""
+        return -(-(self.draft_context + self.rollout_slots) // KEY_BLOCK) * KEY_BLOCK
 
     @property
     def rollout_slots(self) -> int:
@@ -243,7 +244,7 @@ def memory_needs(
         capacity = (
             0 if name in ("draft_trunk", "draft_sampled") else plan.draft_capacity if drafts else plan.target_capacity
         )
-        held = partial(device.weight_bytes, shapes=shapes[name])
+        held = partial(device.weight_bytes, segment, shapes=shapes[name])
         needs.setdefault(device.name, []).append(segment_memory(folder, segment, device.form, capacity, held))
     return needs
 

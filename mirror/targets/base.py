@@ -257,8 +257,13 @@ class Device(Protocol):
         """
         ...
 
-    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
-        """Return the memory that a segment's weights take at least, once it is loaded for some passes."""
+    def weight_bytes(self, segment: Segment, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+        """Return the memory that a segment's weights take at least, once it is loaded for some passes.
+
+        Args:
+            segment: as it is placed here, under its usual name.
+            stored: what its graph's files hold.
+        """
         ...
 
     def load_segment(self, request: LoadRequest) -> LoadedSegment:

@@ -18,13 +18,14 @@ from typing import Protocol
 import numpy as np
 import onnxruntime as ort
 
-from mirror.bundle import Form, Graph, LayerKV, TensorSpec, kv_names
+from mirror.bundle import Form, Graph, LayerKV, Segment, TensorSpec, kv_names
 from mirror.errors import DeviceError
 from mirror.targets.base import (
     Array,
     Fetched,
     FollowOn,
     KVCache,
+    LoadedSegment,
     LoadRequest,
     PassShape,
     StoredWeights,
@@ -272,6 +273,10 @@ class OnnxRuntimeCache:
     def capacity(self) -> int:
         """The number of slots."""
         return self._capacity
+
+    def address(self, past_name: str) -> int:
+        """Return where a buffer lies in its device's memory."""
+        return int(self.buffers[past_name].value.data_ptr())
 
     def write_rows(self, past_name: str, rows: Array, past_length: int) -> None:
         """Copy new rows `[1, heads, width, head_dim]` to slots `past_length..` of a host buffer."""
@@ -611,11 +616,11 @@ class OnnxRuntimeDevice:
         """A session takes every shape."""
         return 1
 
-    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+    def weight_bytes(self, segment: Segment, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
         """One session holds them once."""
         return stored.bytes
 
-    def load_segment(self, request: LoadRequest) -> OnnxRuntimeSegment:
+    def load_segment(self, request: LoadRequest) -> LoadedSegment:
         """Load a segment; see `base.Device.load_segment`.
 
         Raises:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mirror.bundle import Compiled, Form, Graph, LayerKV, TensorSpec, kv_names
+from mirror.bundle import Compiled, Form, Graph, LayerKV, Segment, TensorSpec, kv_names
 from mirror.errors import DeviceError
 from mirror.targets.artefacts import Quantized, Wanted, artefact_stem, compiled_for, graph_sha256
 from mirror.targets.base import Array, KVCache, LoadRequest, PassShape, RowTable, StoredWeights, Tensor, to_host
@@ -351,7 +351,7 @@ class OpenVinoDevice:
         """See `openvino_settings.padded_width`."""
         return padded_width(self._unit)
 
-    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+    def weight_bytes(self, segment: Segment, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
         """See `openvino_settings.held_bytes`."""
         widths = len(widths_of(shapes))
         programs = 1 if self._shares(stored.bytes, widths) else widths

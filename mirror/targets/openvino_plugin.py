@@ -15,7 +15,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from mirror.bundle import Form, Graph
+from mirror.bundle import Form, Graph, Segment
 from mirror.errors import DeviceError
 from mirror.targets.base import Array, LoadRequest, PassShape, StoredWeights, Tensor, to_host
 from mirror.targets.cores import allowed_cpus
@@ -103,11 +103,11 @@ class OpenVinoPluginDevice(OnnxRuntimeDevice):
         """See `openvino_settings.padded_width`."""
         return padded_width(self._unit)
 
-    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+    def weight_bytes(self, segment: Segment, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
         """See `openvino_settings.held_bytes`: each width is a session."""
         return held_bytes(self._unit, stored, len(widths_of(shapes)), self.precision)
 
-    def load_segment(self, request: LoadRequest) -> ShapedSegment:  # type: ignore[override]  # any LoadedSegment serves
+    def load_segment(self, request: LoadRequest) -> ShapedSegment:
         """Load a segment; see `base.Device.load_segment`.
 
         Raises:

@@ -61,7 +61,7 @@ class QnnDevice(OnnxRuntimeDevice):
         """Each shape takes seconds, and an artefact that holds all weights."""
         return NPU_ROWS
 
-    def load_segment(self, request: LoadRequest) -> ShapedSegment:  # type: ignore[override]  # any LoadedSegment serves
+    def load_segment(self, request: LoadRequest) -> ShapedSegment:
         """Load a segment; see `base.Device.load_segment`.
 
         Raises:

@@ -53,7 +53,10 @@ def list_devices() -> tuple[DeviceInfo, ...]:
 
 
 def _cpu() -> DeviceInfo:
-    return DeviceInfo("cpu", True, _cpu_name(), "onnxruntime", _onnxruntime_version(), _BOTH)
+    from mirror.targets.kernel_library import kernels_here, kernels_missing
+
+    drafts = kernels_missing() or f"drafts by mirror's kernels ({kernels_here()})"
+    return DeviceInfo("cpu", True, f"{_cpu_name()}; {drafts}", "onnxruntime", _onnxruntime_version(), _BOTH)
 
 
 def _cpu_name() -> str:

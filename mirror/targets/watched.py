@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mirror.bundle import Form, LayerKV
+from mirror.bundle import Form, LayerKV, Segment
 from mirror.targets.base import Device, KVCache, LoadedSegment, LoadRequest, PassShape, RowTable, StoredWeights, Tensor
 
 
@@ -91,9 +91,9 @@ class OuterDevice:
         """The inner device's."""
         return self._inner.padded_width
 
-    def weight_bytes(self, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
+    def weight_bytes(self, segment: Segment, stored: StoredWeights, shapes: Sequence[PassShape]) -> int:
         """The inner device's."""
-        return self._inner.weight_bytes(stored, shapes)
+        return self._inner.weight_bytes(segment, stored, shapes)
 
     def load_segment(self, request: LoadRequest) -> LoadedSegment:
         """Load a segment on the inner device."""

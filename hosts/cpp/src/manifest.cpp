@@ -1,6 +1,5 @@
 #include "manifest.hpp"
 
-#include <fstream>
 #include <sstream>
 
 #include "error.hpp"
@@ -86,6 +85,7 @@ SegmentFacts read_segment(JsonObject segment) {
   graphs.end();
   // What the Python package compiled ahead of time for its own devices; the graphs serve here.
   if (segment.has("compiled")) segment.array("compiled");
+  if (segment.has("program")) facts.program = segment.text("program");
   segment.end();
   return facts;
 }
@@ -227,17 +227,6 @@ std::optional<ChatFormat> read_chat(JsonObject& top) {
   }
   chat.end();
   return format;
-}
-
-Json read_json(const fs::path& path) {
-  std::ifstream stream(path, std::ios::binary);
-  try {
-    if (!stream) throw std::runtime_error("it can't be opened");
-    return Json::parse(stream);
-  } catch (const std::exception& error) {
-    throw Error(ErrorKind::bundle,
-                path.string() + " is not readable JSON (" + error.what() + "); export the bundle again");
-  }
 }
 
 void check_version(const std::string& file, const Json& data) {

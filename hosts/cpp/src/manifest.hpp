@@ -50,6 +50,7 @@ struct SegmentFacts {
   std::string name;
   std::vector<LayerKV> kv;
   std::map<Form, Graph> graphs;
+  std::optional<std::string> program;  // the file that says where an int8 draft's weights lie, for kernels of our own
 };
 
 struct ModelFacts {
