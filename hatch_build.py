@@ -26,10 +26,10 @@ _FLAGS = {
     "draft_pass.cpp": [],
     "avx2.cpp": ["-mavx2", "-mfma", "-mavxvnni"],
     "avx512.cpp": _AVX512,
-    "amx.cpp": [*_AVX512, "-mamx-tile", "-mamx-int8"],
+    "amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 _COMMON = [
-    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
     # GCC 12 warns about its own header.
     *("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]

@@ -212,6 +212,7 @@ class Pair:
 
     def __init__(self, program: Program, kernels: str, threads: int) -> None:
         draft = PackedDraft(program, threads, kernels)
+        self.exact = kernels != "amx"  # whose attention is in bfloat16
         self.program = program
         self.reference = Reference(program)
         self.segments = {top: KernelSegment(segment_of(program, top), draft) for top in (0, TOP)}
@@ -244,19 +245,18 @@ class Pair:
         logits = self.reference.logits(feeds, self.past, wanted)
         logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
         logprobs -= logits.max(-1, keepdims=True)
-        order = np.argsort(-logits, axis=-1, kind="stable")[:, :TOP]
-        tokens = order if self.program.vocabulary is None else self.program.vocabulary[order]
         known = {**feeds.tensors, "logit_rows": wanted}
         run = self.segments[TOP].run(known, self.cache, self.past)
-        candidates, scores, likeliest = (
-            np.array(run[name])[0] for name in ("candidate_ids", "candidate_logprobs", "token_ids")
-        )
-        apart = np.abs(scores - np.take_along_axis(logprobs, order, -1)).max(-1)
+        names = "candidate_ids", "candidate_logprobs", "token_ids"
+        candidates, scores, likeliest = (np.array(run[name])[0] for name in names)
+        places = candidates
+        if self.program.vocabulary is not None:
+            places = np.argsort(self.program.vocabulary)[np.searchsorted(np.sort(self.program.vocabulary), candidates)]
+        expected = -np.sort(-logprobs, axis=-1)[:, :TOP]
+        apart = np.maximum(np.abs(scores - expected), np.abs(scores - np.take_along_axis(logprobs, places, -1))).max(-1)
         # A number between two steps of the rounding may go either way, and takes its row along.
-        alike = apart < 1e-3
-        assert apart.max() < 0.1
-        assert alike.mean() > 0.9
-        np.testing.assert_array_equal(candidates[alike], tokens[alike])
+        assert apart.max() < (0.1 if self.exact else 0.5)
+        assert (apart < (1e-3 if self.exact else 0.05)).mean() > 0.9
         np.testing.assert_array_equal(likeliest, candidates[:, 0])
         alone = self.segments[0].run(known, self.cache, self.past)["token_ids"]
         np.testing.assert_array_equal(np.array(alone)[0], likeliest)
@@ -294,9 +294,10 @@ def test_passes_are_what_numpy_computes(kernels: str, variant: str) -> None:
     pair.check(pair.line(8), np.array([7, 0]))
 
 
-def test_threads_and_instruction_sets_agree_to_the_last_bit() -> None:
+@pytest.mark.parametrize("alike", [[kernels for kernels in HERE if kernels != "amx"], [*HERE[:1]]])
+def test_threads_and_instruction_sets_agree_to_the_last_bit(alike: list[str]) -> None:
     program, found = random_program(Sizes()), []
-    for kernels, threads in itertools.product(HERE, (1, 2, 3)):
+    for kernels, threads in itertools.product(alike, (1, 2, 3)):
         pair = Pair(program, kernels, threads)
         for count in range(1, 17):
             feeds = pair.line(count)

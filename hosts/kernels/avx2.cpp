@@ -163,6 +163,9 @@ void end_thread() {}
 
 }  // namespace
 
+#include "float_attention.inl"
+
+// Behind it, what uses it.
 #include "steps.inl"
 
 namespace mirror_kernels {

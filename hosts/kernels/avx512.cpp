@@ -94,11 +94,16 @@ void multiply(const uint8_t* a, int stride, int rows, const Matrix& matrix, int 
   }
 }
 
+constexpr int attention_rows = 6, attention_blocks = 2, mixed_tiles = 4;
+
 void begin_thread() {}
 void end_thread() {}
 
 }  // namespace
 
+#include "float_attention.inl"
+
+// Behind it, what uses it.
 #include "steps.inl"
 
 namespace mirror_kernels {

@@ -49,6 +49,4 @@ inline void store_rounded(uint8_t* p, F16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(numbers));
 }
 
-constexpr int attention_rows = 6, attention_blocks = 2, mixed_tiles = 4;
-
 }  // namespace

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -58,8 +57,8 @@ bool has_avx512() {
 
 bool has_amx() {
   const Registers seven = cpuid(7, 0);
-  static const bool usable =
-      (saved_state() >> 17 & 3) == 3 && has(seven.d, 24) && has(seven.d, 25) && has_avx512() && use_matrix_units();
+  static const bool usable = (saved_state() >> 17 & 3) == 3 && has(seven.d, 22) && has(seven.d, 24) &&
+                             has(seven.d, 25) && has(cpuid(7, 1).a, 5) && has_avx512() && use_matrix_units();
   return usable;
 }
 
@@ -178,36 +177,33 @@ void mirror_kernels::Turn::give_way() { std::this_thread::yield(); }
 
 struct mirror_draft_team {
  public:
-  explicit mirror_draft_team(int threads) : size_(threads) {
+  explicit mirror_draft_team(int threads)
+      : size_(threads), awake_(threads < static_cast<int>(std::thread::hardware_concurrency()) ? long_ : short_) {
     for (int number = 1; number < threads; number++) workers_.emplace_back([this, number] { work(number); });
   }
 
   ~mirror_draft_team() {
-    {
-      const std::lock_guard lock(mutex_);
-      closing_ = true;
-      pass_number_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
+    closing_.store(true);
+    pass_number_.fetch_add(1);
+    pass_number_.notify_all();
     for (std::thread& worker : workers_) worker.join();
   }
 
   std::int32_t run(const mirror_draft& draft, const mirror_draft_pass& pass) {
     const std::lock_guard one_at_a_time(runs_);
     if (!prepare(draft.draft, pass)) return 1;
-    std::uint32_t number = 0;
-    {
-      const std::lock_guard lock(mutex_);
-      task_ = {&draft, pass, work_};
-      number = pass_number_.load(std::memory_order_relaxed) + 1;
-      const std::uint64_t fresh = static_cast<std::uint64_t>(number) << 32;
-      for (int step = 0; step < steps_of(draft.draft); step++) {
-        steps_[step].claimed.store(fresh, std::memory_order_relaxed);
-        steps_[step].done.store(fresh, std::memory_order_relaxed);
-      }
-      pass_number_.store(number, std::memory_order_release);
+    const std::uint32_t number = pass_number_.load(std::memory_order_relaxed) + 1;
+    writing_.store(true);
+    while (reading_.load() != 0) _mm_pause();
+    task_ = {&draft, pass, work_};
+    const std::uint64_t fresh = static_cast<std::uint64_t>(number) << 32;
+    for (int step = 0; step < steps_of(draft.draft); step++) {
+      steps_[step].claimed.store(fresh, std::memory_order_relaxed);
+      steps_[step].done.store(fresh, std::memory_order_relaxed);
     }
-    if (size_ > 1) wake_.notify_all();
+    pass_number_.store(number, std::memory_order_release);
+    writing_.store(false);
+    if (size_ > 1) pass_number_.notify_all();
     Turn turn(steps_.get(), number, 0, size_);
     draft.run(draft.draft, work_, pass, turn);
     return 0;
@@ -220,25 +216,36 @@ struct mirror_draft_team {
     Work work;
   };
 
-  static constexpr auto awake_after_a_pass = std::chrono::microseconds(60);
+  // How long threads stay awake after a pass: the next one of a rollout comes soon, and to be woken takes them as long
+  // as a small pass. Where they have all cores, others want these.
+  static constexpr std::chrono::microseconds short_{60}, long_{1500};
 
   void work(int thread) {
     std::uint32_t seen = 0;
     while (true) {
-      const auto until = std::chrono::steady_clock::now() + awake_after_a_pass;
+      const auto until = std::chrono::steady_clock::now() + awake_;
       while (pass_number_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
         for (int i = 0; i < 16; i++) _mm_pause();
-      Task task;
-      {
-        std::unique_lock lock(mutex_);
-        wake_.wait(lock, [&] { return pass_number_.load(std::memory_order_relaxed) != seen; });
-        if (closing_) return;
-        seen = pass_number_.load(std::memory_order_relaxed);
-        task = task_;
-      }
+      pass_number_.wait(seen, std::memory_order_acquire);
+      const Task task = read_task(seen);
+      if (closing_.load()) return;  // asked last: `seen` may be the number that closing gave
       Turn turn(steps_.get(), seen, thread, size_);
       task.draft->run(task.draft->draft, task.work, task.pass, turn);
     }
+  }
+
+  // The newest task and its number. Many may read at once, and none while one is written.
+  Task read_task(std::uint32_t& number) {
+    while (true) {
+      reading_.fetch_add(1);
+      if (!writing_.load()) break;
+      reading_.fetch_sub(1);
+      while (writing_.load()) _mm_pause();
+    }
+    number = pass_number_.load();
+    Task task = task_;
+    reading_.fetch_sub(1);
+    return task;
   }
 
   bool prepare(const Draft& draft, const mirror_draft_pass& pass) {
@@ -304,18 +311,22 @@ struct mirror_draft_team {
     const std::int64_t parts = (draft.head.tiles + head_tiles - 1) / head_tiles;
     work_.best = arena_.take<float>(parts * wanted_);
     work_.best_places = arena_.take<std::int32_t>(parts * wanted_);
-    constexpr std::int64_t most_queries = 8;
-    const std::int64_t attention = most_queries * (capacity_ + 32 + draft.head_dim + 2 * (most_own_ + 16)) + 64;
-    work_.scratch_size = std::max<std::int64_t>(attention, 32 * std::max(256, draft.head_dim));
+    // Of up to 16 queries: scores, what they mix, their own slots, and their weights in 16 bits.
+    constexpr std::int64_t most_queries = 16;
+    const std::int64_t slots = up_to(capacity_, 32) + 64;
+    const std::int64_t attention =
+        most_queries * (slots + 2 * draft.head_dim + 2 * (most_own_ + 16)) + most_queries * (slots + 32) / 2 + 64;
+    work_.scratch_size =
+        up_to(static_cast<int>(std::max<std::int64_t>(attention, 32 * std::max(256, draft.head_dim))), 16);
     work_.scratch = arena_.take<float>(size_ * work_.scratch_size);
   }
 
   const int size_;
-  std::vector<std::thread> workers_;
-  std::mutex runs_, mutex_;
-  std::condition_variable wake_;
+  const std::chrono::microseconds awake_;
+  std::mutex runs_;
   std::atomic<std::uint32_t> pass_number_{0};
-  bool closing_ = false;
+  std::atomic<bool> closing_{false}, writing_{false};
+  std::atomic<int> reading_{0};
   std::unique_ptr<Step[]> steps_ = std::make_unique<Step[]>(most_steps);
   Task task_;
   const Draft* shaped_for_ = nullptr;
@@ -323,6 +334,7 @@ struct mirror_draft_team {
   Arena arena_;
   std::vector<std::int32_t> branch_starts_, branch_slots_;
   int rows_ = 0, wanted_ = 0, logit_rows_ = 0, capacity_ = 0, most_own_ = 0;
+  std::vector<std::thread> workers_;  // last: they use the rest
 };
 
 extern "C" {

@@ -3,7 +3,8 @@
 //
 //   F16                16 floats: load, store, set, fma, plus, minus, times, over, most, least, exp2_of, sum, largest
 //   multiply(...)      rows of rounded inputs times tiles of a matrix
-//   attention_rows, attention_blocks, mixed_tiles   how much fits into registers
+//   attention_rows     queries that attention takes at once
+//   put_key, put_value, score_all, mix_all, own_score, add_own_value   attention over a cache in an order of its own
 //
 // Everything stays in that namespace: an inline function with external linkage could be taken by the linker for a
 // caller on another CPU.
@@ -173,12 +174,10 @@ void place_head(const Draft& draft, const Work& work, const mirror_draft_pass& p
     for (int i = 0; i < size; i += 16) store(target + i, load(part + i));
   } else if (is_key) {
     const int64_t base = static_cast<int64_t>(head - draft.heads) * pass.capacity * size;
-    float* target = pass.keys[number] + base + static_cast<int64_t>(slot / 16) * 16 * size + slot % 16;
-    for (int i = 0; i < size; i++) target[static_cast<int64_t>(i) * 16] = part[i];
+    put_key(pass.keys[number] + base, slot, size, part);
   } else {
     const int64_t base = static_cast<int64_t>(head - draft.heads - draft.kv_heads) * pass.capacity * size;
-    float* target = pass.values[number] + base + static_cast<int64_t>(slot) * size;
-    for (int i = 0; i < size; i += 16) store(target + i, load(part + i));
+    put_value(pass.values[number] + base, slot, size, part);
   }
 }
 
@@ -246,95 +245,6 @@ bool project_gates(const Draft& draft, const Work& work, const mirror_draft_pass
 
 // --- attention -------------------------------------------------------------------------------------------------------
 
-// Scores of some queries [rows, size] with all keys of some blocks of 16 slots, to scores [rows, stride].
-template <int rows>
-void score(const float* queries, int size, const float* keys, int first_block, int blocks, float* scores,
-           int64_t stride) {
-  int block = first_block;
-  for (; block + attention_blocks <= blocks; block += attention_blocks) {
-    F16 totals[rows][attention_blocks];
-    MIRROR_UNROLL
-    for (int row = 0; row < rows; row++) MIRROR_UNROLL
-    for (int i = 0; i < attention_blocks; i++) totals[row][i] = set(0.0f);
-    const float* key = keys + static_cast<int64_t>(block) * 16 * size;
-    for (int d = 0; d < size; d++) {
-      F16 part[attention_blocks];
-      MIRROR_UNROLL
-      for (int i = 0; i < attention_blocks; i++) part[i] = load(key + (static_cast<int64_t>(i) * size + d) * 16);
-      MIRROR_UNROLL
-      for (int row = 0; row < rows; row++) {
-        const F16 query = set(queries[row * size + d]);
-        MIRROR_UNROLL
-        for (int i = 0; i < attention_blocks; i++) totals[row][i] = fma(query, part[i], totals[row][i]);
-      }
-    }
-    MIRROR_UNROLL
-    for (int row = 0; row < rows; row++) MIRROR_UNROLL
-    for (int i = 0; i < attention_blocks; i++) store(scores + row * stride + (block + i) * 16, totals[row][i]);
-  }
-  for (; block < blocks; block++) {
-    F16 totals[rows];
-    MIRROR_UNROLL
-    for (int row = 0; row < rows; row++) totals[row] = set(0.0f);
-    const float* key = keys + static_cast<int64_t>(block) * 16 * size;
-    for (int d = 0; d < size; d++) {
-      const F16 part = load(key + d * 16);
-      MIRROR_UNROLL
-      for (int row = 0; row < rows; row++) totals[row] = fma(set(queries[row * size + d]), part, totals[row]);
-    }
-    MIRROR_UNROLL
-    for (int row = 0; row < rows; row++) store(scores + row * stride + block * 16, totals[row]);
-  }
-}
-
-// Values [slots, size] weighed by each row's weights [rows, stride], to mixed [rows, size].
-template <int rows>
-void mix(const float* weights, int64_t stride, const float* values, int slots, int size, float* mixed) {
-  for (int from = 0; from < size; from += mixed_tiles * 16) {
-    const int tiles = (size - from) / 16 < mixed_tiles ? (size - from) / 16 : mixed_tiles;
-    F16 totals[rows][mixed_tiles];
-    MIRROR_UNROLL
-    for (int row = 0; row < rows; row++) MIRROR_UNROLL
-    for (int i = 0; i < mixed_tiles; i++) totals[row][i] = set(0.0f);
-    if (tiles == mixed_tiles) {
-      for (int slot = 0; slot < slots; slot++) {
-        const float* value = values + static_cast<int64_t>(slot) * size + from;
-        F16 part[mixed_tiles];
-        MIRROR_UNROLL
-        for (int i = 0; i < mixed_tiles; i++) part[i] = load(value + i * 16);
-        MIRROR_UNROLL
-        for (int row = 0; row < rows; row++) {
-          const F16 weight = set(weights[row * stride + slot]);
-          MIRROR_UNROLL
-          for (int i = 0; i < mixed_tiles; i++) totals[row][i] = fma(weight, part[i], totals[row][i]);
-        }
-      }
-    } else {
-      for (int slot = 0; slot < slots; slot++) MIRROR_UNROLL
-      for (int row = 0; row < rows; row++) MIRROR_UNROLL
-      for (int i = 0; i < tiles; i++)
-        totals[row][i] = fma(set(weights[row * stride + slot]),
-                             load(values + static_cast<int64_t>(slot) * size + from + i * 16), totals[row][i]);
-    }
-    MIRROR_UNROLL
-    for (int row = 0; row < rows; row++) MIRROR_UNROLL
-    for (int i = 0; i < tiles; i++) store(mixed + row * size + from + i * 16, totals[row][i]);
-  }
-}
-
-template <int rows>
-void score_rows(int count, const float* queries, int size, const float* keys, int blocks, float* scores,
-                int64_t stride) {
-  if (count == rows) return score<rows>(queries, size, keys, 0, blocks, scores, stride);
-  if constexpr (rows > 1) score_rows<rows - 1>(count, queries, size, keys, blocks, scores, stride);
-}
-
-template <int rows>
-void mix_rows(int count, const float* weights, int64_t stride, const float* values, int slots, int size, float* mixed) {
-  if (count == rows) return mix<rows>(weights, stride, values, slots, size, mixed);
-  if constexpr (rows > 1) mix_rows<rows - 1>(count, weights, stride, values, slots, size, mixed);
-}
-
 // The branch's slots that a row sees past the trunk's, to `seen`; returns how many.
 int own_slots(const Work& work, const mirror_draft_pass& pass, int row, int visible, int32_t* seen) {
   const int branch = pass.row_branch[row];
@@ -370,13 +280,15 @@ void attend_unit(const Draft& draft, const Work& work, const mirror_draft_pass& 
   float* own_scores = mixed + attention_rows * size;
   const int most_own = work.branches.most;
   int32_t* seen = reinterpret_cast<int32_t*>(own_scores + attention_rows * most_own);
+  // Aligned, behind all of these.
+  float* rest = scratch + up_to(static_cast<int>(attention_rows * (stride + size + 2 * most_own)), 16);
   int slots = 0;
   for (int i = 0; i < unit.count; i++) {
     const int visible = trunk_slots(pass, (unit.query + i) / group);
     if (visible > slots) slots = visible;
   }
   const int blocks = (slots + 15) / 16;
-  score_rows<attention_rows>(unit.count, queries, size, keys, blocks, scores, stride);
+  score_all(unit.count, queries, size, keys, blocks, scores, stride, rest);
   float totals[attention_rows];
   int owns[attention_rows];
   // What a row sees of its own branch is few: one by one, and mixed in at the end.
@@ -391,13 +303,8 @@ void attend_unit(const Draft& draft, const Work& work, const mirror_draft_pass& 
     for (int slot = 0; slot < blocks * 16; slot += 16) top = most(top, load(mine + slot));
     float greatest = largest(top);
     for (int j = 0; j < owns[i]; j++) {
-      const int slot = slots_of[j];
-      const float* key = keys + static_cast<int64_t>(slot / 16) * 16 * size + slot % 16;
-      const float* query = queries + i * size;
-      float total = 0;
-      for (int d = 0; d < size; d++) total += query[d] * key[d * 16];
-      own[j] = total;
-      if (total > greatest) greatest = total;
+      own[j] = own_score(queries + i * size, size, keys, slots_of[j]);
+      if (own[j] > greatest) greatest = own[j];
     }
     const F16 shift = set(greatest);
     F16 sums = set(0.0f);
@@ -414,15 +321,12 @@ void attend_unit(const Draft& draft, const Work& work, const mirror_draft_pass& 
     }
     totals[i] = total > 0 ? 1.0f / total : 0.0f;
   }
-  mix_rows<attention_rows>(unit.count, scores, stride, values, slots, size, mixed);
+  mix_all(unit.count, scores, stride, values, slots, size, mixed, rest);
   for (int i = 0; i < unit.count; i++) {
     const int row = (unit.query + i) / group, head = unit.kv_head * group + (unit.query + i) % group;
     float* mine = mixed + i * size;
-    for (int j = 0; j < owns[i]; j++) {
-      const F16 weight = set(own_scores[i * most_own + j]);
-      const float* value = values + static_cast<int64_t>(seen[i * most_own + j]) * size;
-      for (int d = 0; d < size; d += 16) store(mine + d, fma(weight, load(value + d), load(mine + d)));
-    }
+    for (int j = 0; j < owns[i]; j++)
+      add_own_value(own_scores[i * most_own + j], values, seen[i * most_own + j], size, mine);
     float* target = work.mixed + (static_cast<int64_t>(row) * draft.heads + head) * size;
     for (int d = 0; d < size; d += 16) store(target + d, times(load(mine + d), set(totals[i])));
   }
