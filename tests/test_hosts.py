@@ -37,6 +37,7 @@ from hosts.toolchain import (
 )
 from mirror.bench.prompts import load_prompts
 from mirror.runtime.text import TextCodec, TextStream
+from mirror.targets.kernel_library import kernels_here
 from tests.vectors.generate import FOLDER, write_bundles
 
 SPEC_BENCH = Path(__file__).parents[2] / "shared" / "data" / "spec_bench.jsonl"
@@ -70,6 +71,20 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def drafted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bundle whose draft has a program for our own kernels, and is its target once more."""
+    pytest.importorskip("torch")
+    from mirror.export.build import ExportOptions, export_bundle
+    from tests.families import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("drafted")
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "head_dim": 16}
+    model = str(make_checkpoint("llama", folder / "model", **sizes))
+    export_bundle(model, folder / "bundle", ExportOptions(draft=model, int8_draft=True, gamma=3, max_length=128))
+    return folder / "bundle"
+
+
 def passes(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> None:
     """Run a test program; it must say how many checks it passed, and fail none."""
     result = subprocess.run(
@@ -88,8 +103,33 @@ def test_cpp_meets_faults(cpp: Path, bundles: Path) -> None:
     passes([cpp / "mirror_faults", bundles])
 
 
+def test_cpp_kernels_compute_the_plain_pass(cpp: Path) -> None:
+    passes([cpp / "mirror_kernels"])
+
+
+def test_cpp_runs_drafts_by_kernels(cpp: Path, drafted: Path) -> None:
+    passes([cpp / "mirror_program", drafted])
+
+
+def test_both_hosts_draft_by_the_same_kernels(cpp: Path, drafted: Path) -> None:
+    """Where this package has kernels, so has the library: drafts are then right as often in both, to the token."""
+    settings = {"mode": mode_number("serial"), "threads": "1", "tokens": "60"}
+    found = []
+    for program in (PYTHON, [str(cpp / "mirror_speed")]):
+        with Host(program, drafted, settings) as host:
+            found.append([host.answer(prompt) for prompt in ((1, 2, 3), (1, 50, 7, 9))])
+    for python, native in zip(*found, strict=True):
+        assert native["tokens"] == python["tokens"]
+        if kernels_here() is not None:
+            assert native["draft_kernels"] == kernels_here()
+            assert native["draft_tokens_accepted"] == python["draft_tokens_accepted"] > 0
+
+
 def test_the_c_surface(cpp: Path, bundles: Path) -> None:
     passes([cpp / "mirror_c_api", bundles])
+
+
+SANITIZED = ("mirror_vectors", "mirror_faults", "mirror_kernels", "mirror_program")
 
 
 @pytest.fixture(scope="module", params=["address,undefined", "thread"])
@@ -98,15 +138,15 @@ def sanitized(request: pytest.FixtureRequest, toolchain: Toolchain) -> Path:
     options = [f"-DMIRROR_SANITIZE={request.param}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O0"]
     # Sources by the dozen in one unit: much of their compilation is headers. The other build compiles each alone.
     options += ["-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=12"]
-    return build_cpp(toolchain, folder, *options, targets=("mirror_vectors", "mirror_faults")) / "tests"
+    return build_cpp(toolchain, folder, *options, targets=[*SANITIZED]) / "tests"
 
 
-@pytest.mark.parametrize("program", ["mirror_vectors", "mirror_faults"])
-def test_sanitizers_find_nothing(sanitized: Path, bundles: Path, program: str) -> None:
+@pytest.mark.parametrize("program", SANITIZED)
+def test_sanitizers_find_nothing(sanitized: Path, bundles: Path, drafted: Path, program: str) -> None:
     """No suppressions: ONNX Runtime itself is not instrumented, and nothing is said of it."""
     halt = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
-    arguments = [FOLDER, bundles] if program == "mirror_vectors" else [bundles]
-    passes([sanitized / program, *arguments], halt)
+    arguments = {"mirror_vectors": [FOLDER, bundles], "mirror_faults": [bundles], "mirror_program": [drafted]}
+    passes([sanitized / program, *arguments.get(program, [])], halt)
 
 
 def test_hosts_to_be_compared_answer_alike(cpp: Path, bundles: Path) -> None:
@@ -169,7 +209,7 @@ def test_the_installed_package_is_found(toolchain: Toolchain, cpp: Path, tmp_pat
 def test_the_library_stays_small_and_depends_on_little(cpp: Path, tmp_path: Path) -> None:
     stripped = tmp_path / "libmirror.so"
     subprocess.run(["strip", "-o", str(stripped), str(cpp.parent / "libmirror.so")], check=True)
-    assert stripped.stat().st_size < 1_000_000
+    assert stripped.stat().st_size < 1_200_000
     needed = subprocess.run(["readelf", "-d", str(stripped)], check=True, capture_output=True, text=True).stdout
     names = {line.split("[")[1].split(".so")[0] for line in needed.splitlines() if "(NEEDED)" in line}
     assert names <= {"libonnxruntime", "libstdc++", "libm", "libgcc_s", "libc", "libpthread", "libdl"}

@@ -403,6 +403,30 @@ void choose_likeliest(const Draft& draft, const Work& work, const mirror_draft_p
   pass.token_ids[row] = token_at(draft, place);
 }
 
+// Places by their logits, a heap whose top is the last in order: the least logit, the later place on ties.
+struct Heap {
+  float* scores;
+  int64_t* places;
+  int count;
+
+  MIRROR_INLINE bool goes_before(float score, int64_t place, int other) const {
+    return score > scores[other] || (score == scores[other] && place < places[other]);
+  }
+
+  // Puts a place where another was, and lets it sink to where it belongs.
+  MIRROR_INLINE void put(int at, float score, int64_t place) {
+    for (int child = 2 * at + 1; child < count; child = 2 * at + 1) {
+      if (child + 1 < count && goes_before(scores[child], places[child], child + 1)) child++;
+      if (!goes_before(score, place, child)) break;
+      scores[at] = scores[child];
+      places[at] = places[child];
+      at = child;
+    }
+    scores[at] = score;
+    places[at] = place;
+  }
+};
+
 // The `top` greatest of a row's logits, falling, the first place on ties, and their log-probabilities.
 void choose_candidates(const Draft& draft, const Work& work, const mirror_draft_pass& pass, int row) {
   const int width = draft.head.tiles * tile_columns, size = draft.head.out, top = pass.top;
@@ -410,24 +434,27 @@ void choose_candidates(const Draft& draft, const Work& work, const mirror_draft_
   for (int i = size; i < width; i++) logits[i] = hidden_score;
   int64_t* ids = pass.candidate_ids + static_cast<int64_t>(row) * top;
   float* scores = pass.candidate_logprobs + static_cast<int64_t>(row) * top;
-  int count = 0;
-  float bar = hidden_score;
-  for (int i = 0; i < width; i += 16) {
-    uint32_t above = above_bar(load(logits + i), bar);
+  Heap heap{scores, ids, top};
+  for (int i = 0; i < top; i++) {
+    scores[i] = logits[i];
+    ids[i] = i;
+  }
+  for (int i = top / 2 - 1; i >= 0; i--) heap.put(i, scores[i], ids[i]);
+  for (int i = top / 16 * 16; i < width; i += 16) {
+    uint32_t above = above_bar(load(logits + i), scores[0]);
     while (above) {
       const int place = i + __builtin_ctz(above);
       above &= above - 1;
-      const float score = logits[place];
-      if (count == top && score <= scores[top - 1]) continue;
-      int at = count < top ? count++ : top - 1;
-      for (; at > 0 && scores[at - 1] < score; at--) {
-        scores[at] = scores[at - 1];
-        ids[at] = ids[at - 1];
-      }
-      scores[at] = score;
-      ids[at] = place;
-      if (count == top) bar = scores[top - 1];
+      if (place >= top && logits[place] > scores[0]) heap.put(0, logits[place], place);
     }
+  }
+  while (heap.count > 1) {
+    const float score = scores[0];
+    const int64_t place = ids[0];
+    heap.count--;
+    heap.put(0, scores[heap.count], ids[heap.count]);
+    scores[heap.count] = score;
+    ids[heap.count] = place;
   }
   const float greatest = scores[0];
   const F16 shift = set(greatest);
@@ -437,7 +464,7 @@ void choose_candidates(const Draft& draft, const Work& work, const mirror_draft_
     sums = plus(sums, kept_if_above(exp_of(minus(logit, shift)), logit, hidden_score));
   }
   const float total = greatest + __builtin_logf(sum(sums));
-  for (int i = 0; i < count; i++) {
+  for (int i = 0; i < top; i++) {
     scores[i] -= total;
     ids[i] = token_at(draft, static_cast<int>(ids[i]));
   }

@@ -349,7 +349,11 @@ class ModelDraft:
             feeds_of_noise = sampled.noise.feeds(noise, after)
             outputs = self._run(sampled.graph, feeds, places, wanted, past, fed, feeds_of_noise)
             return Candidates(self._of_target(outputs, wanted.size), None)
-        outputs = self._run(self._segments.trunk, feeds, places, wanted, past, fed)
+        # No graph asks for it; kernels of our own give drawn answers more candidates, to which the noise is added here.
+        drawn = dict[str, Tensor]()
+        if noise is not None:
+            drawn["inverse_temperature"] = np.array([1.0 / noise.temperature], np.float32)
+        outputs = self._run(self._segments.trunk, feeds, places, wanted, past, fed, drawn)
         found = Candidates(
             self._of_target(outputs, wanted.size), to_host(outputs["candidate_logprobs"])[0, : wanted.size]
         )

@@ -36,9 +36,8 @@ class CpuDevice(OnnxRuntimeDevice):
             DeviceError: the bundle lacks this cache form, or nothing here can take the graph.
             BundleError: a draft's program can't be read.
         """
-        if self._has_kernels(request.segment):
-            return load_kernel_segment(request)
-        return super().load_segment(request)
+        by_kernels = load_kernel_segment(request) if self._has_kernels(request.segment) else None
+        return by_kernels or super().load_segment(request)
 
     def _has_kernels(self, segment: Segment) -> bool:
         return segment.program is not None and self.form is Form.INPLACE and chosen_kernels() is not None

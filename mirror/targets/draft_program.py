@@ -70,19 +70,17 @@ class Program:
 SIZES = ("hidden", "heads", "kv_heads", "head_dim", "inner", "tokens", "streams", "positions")
 
 
-def read_program(folder: Path, name: str) -> Program:
-    """Return the program in a file of a bundle.
+def read_program(folder: Path, name: str) -> Program | None:
+    """Return the program in a file of a bundle, None if it is of a format that came later: its graphs serve then.
 
     Raises:
-        BundleError: the file is missing, isn't of a known format, or names tensors that its files don't hold.
+        BundleError: the file is missing, isn't a program, or names tensors that its files don't hold.
     """
     path = folder / name
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != _FORMAT:
-            raise BundleError(
-                f"{path} has format {data['format']}, this version reads {_FORMAT}; export the bundle again"
-            )
+            return None
         return _Reader(folder).program(data)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path} is not a draft's program ({error!r}); export the bundle again") from error

@@ -158,6 +158,7 @@ class PackedDraft:
             raise DeviceError(f"the kernels {kernels} can't run a draft of {dict(program.sizes)}; export it again")
         team = library.mirror_draft_team_open(threads)
         self.kernels = kernels
+        self.vocabulary = int(program.head.values.shape[1])
         self._library, self._draft, self._team = library, draft, team
         self._embedding = program.embedding
         weakref.finalize(self, _close, library, draft, team)

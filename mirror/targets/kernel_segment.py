@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mirror.bundle import Form, Segment, kv_names
+from mirror.bundle import NOISY_TOKENS, Form, Segment, kv_names
 from mirror.errors import DeviceError
 from mirror.targets.base import Array, KVCache, LoadRequest, Tensor, to_host
 from mirror.targets.draft_program import read_program
 from mirror.targets.kernel_library import DraftPass, PackedDraft, chosen_kernels
 from mirror.targets.onnxruntime_session import OnnxRuntimeCache
+
+# Candidates of a pass in all: the noise of drawn answers is added to them by the host, in a fraction of a millisecond.
+_MOST_CANDIDATES = 4096
 
 
 class KernelSegment:
@@ -58,7 +61,8 @@ class KernelSegment:
         ]
         wanted = np.ascontiguousarray(to_host(feeds["logit_rows"]), np.int64)
         width, capacity = given[0].size, given[-1].size
-        results = self._result_arrays(width, wanted.size)
+        top = self._candidates(wanted.size, drawn="inverse_temperature" in feeds)
+        results = self._result_arrays(wanted.size, top)
         self.draft.run(
             DraftPass(
                 width,
@@ -69,20 +73,27 @@ class KernelSegment:
                 values.ctypes.data,
                 wanted.size,
                 wanted.ctypes.data,
-                self._top,
+                top,
                 *(array.ctypes.data for array in results),
             )
         )
         outputs: dict[str, Tensor] = {"token_ids": results[0]}
-        return outputs if not self._top else {**outputs, "candidate_ids": results[1], "candidate_logprobs": results[2]}
+        return outputs if not top else {**outputs, "candidate_ids": results[1], "candidate_logprobs": results[2]}
 
-    def _result_arrays(self, width: int, wanted: int) -> tuple[Array, Array, Array]:
+    def _candidates(self, wanted: int, *, drawn: bool) -> int:
+        """Return how many candidates each wanted row gets: more than the graph's in drawn answers, which gain by it."""
+        if not self._top or not drawn:
+            return self._top
+        most = min(NOISY_TOKENS, self.draft.vocabulary)
+        return max(self._top, min(most, _MOST_CANDIDATES // max(wanted, 1)))
+
+    def _result_arrays(self, wanted: int, top: int) -> tuple[Array, Array, Array]:
         """Return where a pass's results go, the same for the same sizes."""
-        found = self._results.get((width, wanted))
+        found = self._results.get((wanted, top))
         if found is None:
-            shape = 1, wanted, self._top
+            shape = 1, wanted, top
             found = np.zeros((1, wanted), np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-            self._results[width, wanted] = found
+            self._results[wanted, top] = found
         return found
 
     def _cache_addresses(self, cache: KVCache | None) -> tuple[Array, Array]:
@@ -98,8 +109,10 @@ class KernelSegment:
         return self._addresses[1], self._addresses[2]
 
 
-def load_kernel_segment(request: LoadRequest) -> KernelSegment:
-    """Load a draft's segment. Its two segments share weights and threads, for as long as either lives.
+def load_kernel_segment(request: LoadRequest) -> KernelSegment | None:
+    """Load a draft's segment; None if its program is of a later format.
+
+    Its two segments share weights and threads, for as long as either lives.
 
     Raises:
         BundleError: the program can't be read.
@@ -111,8 +124,10 @@ def load_kernel_segment(request: LoadRequest) -> KernelSegment:
     key = request.folder.absolute(), segment.program, request.threads, kernels
     draft = _packed.get(key)
     if draft is None:
-        draft = PackedDraft(read_program(request.folder, segment.program), request.threads, kernels)
-        _packed[key] = draft
+        program = read_program(request.folder, segment.program)
+        if program is None:
+            return None
+        draft = _packed[key] = PackedDraft(program, request.threads, kernels)
     return KernelSegment(segment, draft)
 
 

@@ -302,7 +302,7 @@ mirror_status* mirror_engine_describe(const mirror_engine* engine, mirror_engine
     const mirror::Plan& plan = engine->engine->plan;
     write(facts, mirror_engine_facts{0, mode_number(plan.mode), engine->engine->manifest.model.vocab_size, plan.gamma,
                                      plan.max_length, plan.branches(), plan.target_threads, plan.draft_threads,
-                                     engine->engine->recorded_passes()});
+                                     engine->engine->recorded_passes(), engine->engine->draft_kernels()});
   });
 }
 

@@ -102,6 +102,10 @@ class Device {
   virtual Form form() const = 0;
   // Whether drafts run in the segments draft_int8 and draft_trunk_int8 here, where a bundle has them.
   virtual bool int8_drafts() const { return false; }
+  // Whether those of them that have a program run by kernels of our own, which hold the weights of both segments once.
+  virtual bool runs_programs() const { return false; }
+  // What a draft that is loaded and run so runs with, amx, avx512 or avx2; null if none is.
+  virtual const char* draft_kernels() const { return nullptr; }
   virtual FreeMemory free_memory() const { return host_memory_left(); }
   // Rows up to which a draft's pass takes little longer than for one: they are padded to share what is compiled.
   // 1 where any width runs as it is.

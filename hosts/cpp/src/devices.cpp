@@ -10,6 +10,7 @@
 #include "cuda_driver.hpp"
 #include "error.hpp"
 #include "host_memory.hpp"
+#include "kernel_segment.hpp"
 #include "openvino_settings.hpp"
 #include "session_device.hpp"
 
@@ -92,11 +93,29 @@ void require(const Provider& provider) {
                                      "; install the build that has it");
 }
 
+// ONNX Runtime, and for drafts that our own kernels know, these.
+class CpuDevice final : public SessionDevice {
+ public:
+  using SessionDevice::SessionDevice;
+
+  bool runs_programs() const override { return chosen_kernels() != nullptr; }
+  const char* draft_kernels() const override { return drafts_.in_use(); }
+  std::unique_ptr<Segment> load_segment(const std::filesystem::path& folder, const SegmentFacts& facts, int capacity,
+                                        const std::vector<PassShape>& shapes, const std::vector<PassShape>& later,
+                                        int threads) override {
+    auto segment = drafts_.load(folder, facts, graph_of(facts, form(), name()), capacity, threads);
+    return segment ? std::move(segment) : SessionDevice::load_segment(folder, facts, capacity, shapes, later, threads);
+  }
+
+ private:
+  KernelDrafts drafts_;
+};
+
 std::shared_ptr<Device> open_cpu() {
   Provider provider;
   provider.name = "CPUExecutionProvider";
   provider.int8_drafts = true;
-  return std::make_shared<SessionDevice>(provider, [](Ort::SessionOptions& options, int, int) {
+  return std::make_shared<CpuDevice>(provider, [](Ort::SessionOptions& options, int, int) {
     share_host_memory(options);
     // Sums of two 8-bit products would overflow 16 bits. The way around takes 1.6 times as long.
     if (!may_have_vnni()) options.AddConfigEntry("session.x64quantprecision", "1");

@@ -1,6 +1,7 @@
 #include "json_reader.hpp"
 
 #include <algorithm>
+#include <fstream>
 
 namespace mirror {
 namespace {
@@ -14,6 +15,17 @@ std::string joined(const std::vector<std::string>& parts) {
 }
 
 }  // namespace
+
+Json read_json(const std::filesystem::path& path) {
+  std::ifstream stream(path, std::ios::binary);
+  try {
+    if (!stream) throw std::runtime_error("it can't be opened");
+    return Json::parse(stream);
+  } catch (const std::exception& error) {
+    throw Error(ErrorKind::bundle,
+                path.string() + " is not readable JSON (" + error.what() + "); export the bundle again");
+  }
+}
 
 std::string python_text(const Json& value) {
   if (value.is_string()) return quoted(value.get<std::string>());
@@ -87,6 +99,12 @@ std::int64_t JsonObject::checked(const Json& found, const std::string& key, std:
 }
 
 std::int64_t JsonObject::number(const char* key, std::int64_t minimum) { return checked(require(key), key, minimum); }
+
+double JsonObject::real(const char* key) {
+  const Json& found = require(key);
+  if (!found.is_number()) fail(key, python_text(found) + " is not of type 'number'");
+  return found.get<double>();
+}
 
 std::optional<std::int64_t> JsonObject::nullable_number(const char* key) {
   const Json& found = require(key);

@@ -2,6 +2,7 @@
 // left over. What breaks the rules is told in the words of the Python package's schema check.
 #pragma once
 
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -13,6 +14,9 @@
 namespace mirror {
 
 using Json = nlohmann::json;
+
+// Throws Error(bundle): the file isn't there, or holds something else.
+Json read_json(const std::filesystem::path& path);
 
 // A value as Python prints it, for messages.
 std::string python_text(const Json& value);
@@ -35,6 +39,7 @@ class JsonObject {
   // Numbers that, where they are there, are one at least.
   std::optional<std::vector<std::int64_t>> nullable_numbers(const char* key, std::int64_t minimum);
   std::int64_t number(const char* key, std::int64_t minimum);
+  double real(const char* key);
   std::optional<std::int64_t> nullable_number(const char* key);
   std::vector<std::int64_t> numbers(const char* key, std::int64_t minimum);
   bool boolean(const char* key);

@@ -228,6 +228,11 @@ void EngineOptions::check() const {
     throw Error(ErrorKind::request, "draft_timeout_s is " + std::to_string(draft_timeout_s) + "; it must be above 0");
 }
 
+// Slots of a block of keys, as our own kernels lay them out.
+constexpr int key_block = 16;
+
+int Plan::draft_capacity() const { return (draft_context + rollout_slots() + key_block - 1) / key_block * key_block; }
+
 int Plan::branches() const { return std::accumulate(fanout.begin(), fanout.end(), 0); }
 
 int Plan::rollout_slots() const {
@@ -283,7 +288,7 @@ std::vector<MemoryNeed> memory_needs(const std::filesystem::path& folder, const 
   std::vector<Part> parts = {{"target_prefix", places.target.get(), target},
                              {"exit_head", places.target.get(), target},
                              {"target_suffix", places.suffix.get(), target}};
-  // The draft's two graphs share one cache.
+  // The draft's two graphs share one cache, and in our own kernels their weights.
   if (plan.mode != Mode::plain) {
     parts.push_back({"draft_trunk", places.draft.get(), 0});
     parts.push_back({"draft", places.draft.get(), draft});
@@ -298,8 +303,9 @@ std::vector<MemoryNeed> memory_needs(const std::filesystem::path& folder, const 
       names.push_back(part.device->name());
       needs.push_back({part.device->free_memory(), {}});
     }
-    needs[static_cast<std::size_t>(at)].segments.push_back(
-        segment_memory(folder, *facts, part.device->form(), part.capacity));
+    SegmentMemory memory = segment_memory(folder, *facts, part.device->form(), part.capacity);
+    if (facts->name == "draft_trunk" && facts->program && part.device->runs_programs()) memory.weight_bytes = 0;
+    needs[static_cast<std::size_t>(at)].segments.push_back(std::move(memory));
   }
   return needs;
 }
@@ -344,6 +350,9 @@ std::unique_ptr<Draft> load_draft(const std::filesystem::path& folder, const Man
   const SegmentFacts branch = placed_segment(manifest, "draft", device);
   for (const char* name : {"candidate_ids", "candidate_logprobs"}) require_output(trunk, name);
   require_output(branch, "token_ids");
+  if (trunk.program != branch.program)
+    throw Error(ErrorKind::bundle,
+                "draft and draft_trunk share a cache, and have different programs; export the bundle again");
   const int capacity = plan.draft_capacity();
   const auto steps = draft_shapes(plan, device.padded_width());
   DraftShape shape{capacity,

@@ -58,7 +58,8 @@ struct Plan {
   int branches() const;
   // Slots of the draft's cache that no context takes.
   int rollout_slots() const;
-  int draft_capacity() const { return draft_context + rollout_slots(); }
+  // Slots of the draft's cache, in whole blocks of keys.
+  int draft_capacity() const;
   // A whole window fits after the last token but one.
   int target_capacity() const { return max_length + gamma + 1; }
 };

@@ -8,7 +8,7 @@
 
 namespace mirror {
 
-class SessionDevice final : public Device {
+class SessionDevice : public Device {
  public:
   // Sets what its sessions need besides session_options. Owns what it captures: segments keep it.
   using Configure = std::function<void(Ort::SessionOptions&, int threads, int capacity)>;

@@ -40,8 +40,11 @@ void print(const mirror::Engine& engine, const mirror::Answer& answer) {
   const mirror_statistics s = answer.statistics();
   std::printf("{\"decode_tokens_per_s\": %.4f, \"ttft_ms\": %.3f, \"round_ms\": %.5f, \"host_ms\": %.5f, ",
               s.decode_tokens_per_s, 1e3 * s.ttft_s, s.round_ms, s.host_ms);
-  std::printf("\"rounds\": %d, \"draft_tokens_accepted\": %d, \"recorded_passes\": %d, \"events\": %zu, \"tokens\": [",
-              s.rounds, s.draft_tokens_accepted, engine.facts().recorded_passes, answer.events().size());
+  const mirror_engine_facts facts = engine.facts();
+  std::printf("\"rounds\": %d, \"draft_tokens_accepted\": %d, \"recorded_passes\": %d, \"draft_kernels\": \"%s\", ",
+              s.rounds, s.draft_tokens_accepted, facts.recorded_passes,
+              facts.draft_kernels == nullptr ? "" : facts.draft_kernels);
+  std::printf("\"events\": %zu, \"tokens\": [", answer.events().size());
   const mirror::Tokens tokens = answer.tokens();
   for (std::size_t index = 0; index < tokens.size(); ++index)
     std::printf("%s%lld", index ? ", " : "", static_cast<long long>(tokens[index]));

@@ -39,7 +39,7 @@ extern "C" {
 
 /* Raised when something is added; functions are never taken away or changed under the same major number. */
 #define MIRROR_API_MAJOR 1
-#define MIRROR_API_MINOR 4
+#define MIRROR_API_MINOR 5
 
 /* The version that the library was built with: major * 1000 + minor. */
 MIRROR_API uint32_t mirror_api_version(void);
@@ -146,7 +146,9 @@ typedef struct mirror_engine_facts {
   mirror_mode mode;
   int32_t vocab_size, gamma, max_length, branches;
   int32_t target_threads, draft_threads;
-  int32_t recorded_passes; /* passes that its GPUs have recorded and replay, so far. Since 1.2 */
+  int32_t recorded_passes;   /* passes that its GPUs have recorded and replay, so far. Since 1.2 */
+  const char* draft_kernels; /* what this library's own kernels run the draft with: "amx", "avx512" or "avx2"; NULL
+                                where ONNX Runtime runs it, or none is loaded. Static. Since 1.5 */
 } mirror_engine_facts;
 
 /* Set struct_size first. */
