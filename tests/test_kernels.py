@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mirror.export.build import ExportOptions, export_bundle
 from mirror.export.recut import PROGRAM_FILE
 from mirror.runtime.engine import Engine
 from mirror.runtime.feeds import NO_BRANCH, TRUNK_ROW, FeedPool, PassFeeds
-from mirror.runtime.loading import Placement, make_plan, memory_needs
+from mirror.runtime.loading import Placement, load_draft, make_plan, memory_needs
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Mode
 from mirror.targets import list_devices
@@ -36,7 +37,9 @@ Array = np.ndarray
 HERE = [kernels for kernels in KERNELS if kernels_here(kernels) is not None]
 CAPACITY, TOP = 160, 7
 
-pytestmark = pytest.mark.skipif(not HERE, reason=kernels_missing() or "")
+_MISSING = kernels_missing() or ""
+_MAY_BE_MISSING = _MISSING.startswith("this CPU") or shutil.which("c++") is None or not sys.platform.startswith("linux")
+pytestmark = pytest.mark.skipif(not HERE and _MAY_BE_MISSING, reason=_MISSING)
 
 
 @dataclass(frozen=True)
@@ -448,3 +451,24 @@ def test_a_program_of_a_later_format_leaves_the_draft_to_its_graphs(bundle: Path
     segment = read_manifest(later).segments["draft_int8"]
     loaded = CpuDevice().load_segment(LoadRequest(later, segment, [PassShape(1)], 64, 1))
     assert isinstance(loaded, OnnxRuntimeSegment)
+
+
+def test_a_rollout_that_has_the_cores_to_itself_stays_awake(bundle: Path) -> None:
+    """Beside a target on another device. Where both share the CPU, the target wants the cores once a draft ends."""
+    spared: dict[bool, list[bool]] = {}
+
+    class Noting(CpuDevice):
+        def load_segment(self, request: LoadRequest) -> LoadedSegment:
+            spared.setdefault(shared, []).append(request.spare)
+            return super().load_segment(request)
+
+    manifest = read_manifest(bundle)
+    for shared in (True, False):
+        plan = make_plan(manifest, EngineOptions(mode=Mode.MIRROR, threads=2), shared_cpu=shared)
+        plan = dataclasses.replace(plan, target_threads=2, draft_threads=2 if shared else 1)
+        load_draft(bundle, manifest, Noting(), plan)
+    assert spared == {True: [False, False], False: [True, True]}
+
+
+def test_an_installation_with_a_compiler_has_built_them() -> None:
+    assert _MISSING == ""

@@ -177,8 +177,7 @@ void mirror_kernels::Turn::give_way() { std::this_thread::yield(); }
 
 struct mirror_draft_team {
  public:
-  explicit mirror_draft_team(int threads)
-      : size_(threads), awake_(threads < static_cast<int>(std::thread::hardware_concurrency()) ? long_ : short_) {
+  mirror_draft_team(int threads, bool spare) : size_(threads), awake_(spare ? long_ : short_) {
     for (int number = 1; number < threads; number++) workers_.emplace_back([this, number] { work(number); });
   }
 
@@ -217,7 +216,7 @@ struct mirror_draft_team {
   };
 
   // How long threads stay awake after a pass: the next one of a rollout comes soon, and to be woken takes them as long
-  // as a small pass. Where they have all cores, others want these.
+  // as a small pass.
   static constexpr std::chrono::microseconds short_{60}, long_{1500};
 
   void work(int thread) {
@@ -396,7 +395,9 @@ void mirror_draft_close(mirror_draft* draft) { delete draft; }
 
 std::int64_t mirror_draft_bytes(const mirror_draft* draft) { return draft->arena.bytes(); }
 
-mirror_draft_team* mirror_draft_team_open(std::int32_t threads) { return new mirror_draft_team(std::max(1, threads)); }
+mirror_draft_team* mirror_draft_team_open(std::int32_t threads, std::int32_t spare) {
+  return new mirror_draft_team(std::max(1, threads), spare != 0);
+}
 
 void mirror_draft_team_close(mirror_draft_team* team) { delete team; }
 

@@ -102,8 +102,10 @@ MIRROR_KERNELS_API mirror_draft* mirror_draft_open(const mirror_draft_facts* fac
 MIRROR_KERNELS_API void mirror_draft_close(mirror_draft* draft);
 MIRROR_KERNELS_API int64_t mirror_draft_bytes(const mirror_draft* draft); /* that the packed weights take */
 
-/* Threads that run passes, the caller among them, and their working memory; one pass at a time. */
-MIRROR_KERNELS_API mirror_draft_team* mirror_draft_team_open(int32_t threads);
+/* Threads that run passes, the caller among them, and their working memory; one pass at a time. `spare`: whether nobody
+ * else wants their cores between two passes of a rollout, so that they may stay awake for the next one. A team is closed
+ * before a draft that it ran. */
+MIRROR_KERNELS_API mirror_draft_team* mirror_draft_team_open(int32_t threads, int32_t spare);
 MIRROR_KERNELS_API void mirror_draft_team_close(mirror_draft_team* team);
 
 /* Runs a pass; the capacity must divide by 16. Returns 0, or 1 if the sizes don't fit. */

@@ -25,6 +25,8 @@ from mirror.targets import open_device
 from mirror.targets.base import KVCache, LoadedSegment, LoadRequest, PassShape, to_host
 from mirror.targets.kernel_library import VARIABLE
 
+_BETWEEN_ARMS_S = 0.005  # until the last arm's threads sleep
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -138,6 +140,7 @@ def main(
     streams_from = manifest.draft.vocab_size if manifest.draft is not None else 0
     for turn in range(turns + 3):
         for arm in arms:
+            time.sleep(_BETWEEN_ARMS_S)
             for rows in shapes:
                 time.sleep(pause_ms / 1e3)
                 arm.run(rows, context, streams_from)

@@ -308,10 +308,11 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
         proposal_tokens_per_pass=plan.proposal_tokens_per_pass,
     )
     threads, passes = plan.draft_threads, _draft_passes(plan, device)
+    spare = threads < plan.target_threads
     steps = passes["draft"]
     segments = DraftSegments(
-        device.load_segment(LoadRequest(folder, trunk, passes["draft_trunk"], capacity, threads, later=steps)),
-        device.load_segment(LoadRequest(folder, branch, steps, capacity, threads)),
+        device.load_segment(LoadRequest(folder, trunk, passes["draft_trunk"], capacity, threads, steps, spare)),
+        device.load_segment(LoadRequest(folder, branch, steps, capacity, threads, spare=spare)),
         device.make_cache(branch.kv, capacity),
         _sampled(folder, manifest, device, plan, passes["draft_sampled"]),
     )

@@ -63,6 +63,7 @@ class LoadRequest:
         capacity: slots of the cache it will run with.
         threads: CPU threads it may use; meaningless on other devices.
         later: passes that it may be asked for; compiled when first asked.
+        spare: whether nothing else here wants the cores of these threads between two passes.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class LoadRequest:
     capacity: int
     threads: int
     later: Sequence[PassShape] = ()
+    spare: bool = False
 
 
 # Waits for values that are on their way to host memory and returns them, an array of the caller's own. Call it once.

@@ -102,7 +102,7 @@ def _library() -> ctypes.CDLL | None:
     library.mirror_draft_bytes.restype = c_int64
     library.mirror_draft_bytes.argtypes = [c_void_p]
     library.mirror_draft_team_open.restype = c_void_p
-    library.mirror_draft_team_open.argtypes = [c_int32]
+    library.mirror_draft_team_open.argtypes = [c_int32, c_int32]
     library.mirror_draft_run.argtypes = [c_void_p, c_void_p, POINTER(DraftPass)]
     for close in (library.mirror_draft_close, library.mirror_draft_team_close):
         close.restype = None
@@ -147,7 +147,7 @@ def chosen_kernels() -> str | None:
 class PackedDraft:
     """A draft's weights as the kernels take them, and the threads that run its passes."""
 
-    def __init__(self, program: Program, threads: int, kernels: str) -> None:
+    def __init__(self, program: Program, threads: int, kernels: str, *, spare: bool = False) -> None:
         library = _library()
         if library is None:
             raise DeviceError(str(kernels_missing()))
@@ -156,7 +156,7 @@ class PackedDraft:
         del kept  # the library has its own copies of all but the embedding
         if not draft:
             raise DeviceError(f"the kernels {kernels} can't run a draft of {dict(program.sizes)}; export it again")
-        team = library.mirror_draft_team_open(threads)
+        team = library.mirror_draft_team_open(threads, spare)
         self.kernels = kernels
         self.vocabulary = int(program.head.values.shape[1])
         self._library, self._draft, self._team = library, draft, team

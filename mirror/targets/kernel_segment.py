@@ -121,14 +121,14 @@ def load_kernel_segment(request: LoadRequest) -> KernelSegment | None:
     segment, kernels = request.segment, chosen_kernels()
     assert segment.program is not None
     assert kernels is not None
-    key = request.folder.absolute(), segment.program, request.threads, kernels
+    key = request.folder.absolute(), segment.program, request.threads, request.spare, kernels
     draft = _packed.get(key)
     if draft is None:
         program = read_program(request.folder, segment.program)
         if program is None:
             return None
-        draft = _packed[key] = PackedDraft(program, request.threads, kernels)
+        draft = _packed[key] = PackedDraft(program, request.threads, kernels, spare=request.spare)
     return KernelSegment(segment, draft)
 
 
-_packed: weakref.WeakValueDictionary[tuple[Path, str, int, str], PackedDraft] = weakref.WeakValueDictionary()
+_packed: weakref.WeakValueDictionary[tuple[Path, str, int, bool, str], PackedDraft] = weakref.WeakValueDictionary()

@@ -4,6 +4,7 @@
 #include <cctype>
 #include <cstdlib>
 
+#include "cores.hpp"
 #include "draft_program.hpp"
 #include "error.hpp"
 #include "host_memory.hpp"
@@ -98,7 +99,7 @@ class PackedDraft {
         vocabulary(program.head.out),
         embedding_(program.embedding),
         draft_(std::move(draft)),
-        team_(mirror_draft_team_open(threads), mirror_draft_team_close) {}
+        team_(mirror_draft_team_open(threads, threads < physical_cores()), mirror_draft_team_close) {}
 
   // Whether the sizes fit each other.
   bool run(const mirror_draft_pass& pass) const { return mirror_draft_run(draft_.get(), team_.get(), &pass) == 0; }

@@ -107,10 +107,16 @@ int choose_draft_context(const Manifest& manifest, const EngineOptions& options,
 }
 
 // In mirror mode on a shared CPU target and draft run at the same time, and a thread too many makes
-// both wait at every layer: the draft gets a quarter, at least one, and the target the rest.
+// both wait at every layer: the draft gets a quarter, at least one, and the target the rest. Beside another device a
+// draft leaves one core to the thread that feeds that, and takes no more than help it.
 void split_threads(Plan& plan, int total, bool shared) {
+  constexpr int most_draft_threads = 16;
   plan.target_threads = plan.draft_threads = total;
-  if (plan.mode != Mode::mirror || !shared || total < 2) return;
+  if (plan.mode != Mode::mirror || total < 2) return;
+  if (!shared) {
+    plan.draft_threads = std::min(total - 1, most_draft_threads);
+    return;
+  }
   plan.draft_threads = std::max(1, total / 4);
   plan.target_threads = total - plan.draft_threads;
 }

@@ -337,7 +337,7 @@ class Kernels {
   Kernels(Draft& draft, const char* name, int threads)
       : facts_(draft.facts()),
         draft_(mirror_draft_open(&facts_, name), mirror_draft_close),
-        team_(mirror_draft_team_open(threads), mirror_draft_team_close) {
+        team_(mirror_draft_team_open(threads, threads % 2), mirror_draft_team_close) {
     const auto size = static_cast<std::size_t>(draft.s.kv_heads * capacity * draft.s.head_dim);
     cache_.resize(2 * static_cast<std::size_t>(draft.s.layers), Floats(size));
     for (std::size_t layer = 0; layer < cache_.size(); layer += 2) {
