@@ -434,6 +434,8 @@ def test_a_program_that_can_not_be_read_is_refused(bundle: Path, tmp_path: Path)
     for broken, said in (
         ({name: value for name, value in program.items() if name != "norm"}, "not a draft's program .KeyError.'norm'"),
         ({**program, "norm": {**program["norm"], "file": "weights/none.bin"}}, "not a draft's program .FileNotFound"),
+        ({**program, "inner": 64}, "a tensor is int8 .64, 96., the sizes mean int8 .64, 128."),
+        ({**program, "norm": {**program["norm"], "dtype": "float16"}}, "a tensor is float16 .64., .* float32 .64."),
     ):
         (tmp_path / PROGRAM_FILE).write_text(json.dumps(broken), encoding="utf-8")
         for name in ("weights", "weights/mirror.bin"):

@@ -81,59 +81,73 @@ def read_program(folder: Path, name: str) -> Program | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != _FORMAT:
             return None
-        return _Reader(folder).program(data)
+        return _Reader(folder, data).program()
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path} is not a draft's program ({error!r}); export the bundle again") from error
 
 
-@dataclass(frozen=True)
 class _Reader:
-    folder: Path
+    """Reads a program; a `ValueError` where a tensor isn't what the sizes say, since kernels trust what they get."""
 
-    def program(self, data: Any) -> Program:
-        table = data["embedding"]
-        scales = table["scales"]
+    def __init__(self, folder: Path, data: Any) -> None:
+        self._folder = folder
+        self._data = data
+        self._sizes = {name: int(data[name]) for name in SIZES}
+
+    def program(self) -> Program:
+        data, sizes = self._data, self._sizes
+        hidden, streams, table = sizes["hidden"], sizes["streams"], (sizes["positions"], sizes["head_dim"] // 2)
+        head_size = int(data["head"]["values"]["shape"][1])
         return Program(
-            sizes={name: int(data[name]) for name in SIZES},
+            sizes=sizes,
             epsilon=float(data["epsilon"]),
             scale=float(data["scale"]),
-            embedding=Embedding(
-                table["kind"],
-                self._tensor(table["values"]),
-                None if scales is None else self._tensor(scales),
-                "float32" if scales is None else scales["dtype"],
-            ),
-            stream_rows=self._maybe(data["stream_rows"]),
-            cosines=self._tensor(data["cosines"]),
-            sines=self._tensor(data["sines"]),
+            embedding=self._embedding(data["embedding"]),
+            stream_rows=self._maybe(data["stream_rows"], "float32", (streams, hidden)) if streams else None,
+            cosines=self._tensor(data["cosines"], "float32", table),
+            sines=self._tensor(data["sines"], "float32", table),
             layers=tuple(self._layer(layer) for layer in data["layers"]),
-            norm=self._tensor(data["norm"]),
-            head=self._matrix(data["head"]),
-            vocabulary=self._maybe(data["vocabulary"]),
+            norm=self._tensor(data["norm"], "float32", (hidden,)),
+            head=self._matrix(data["head"], hidden, head_size),
+            vocabulary=self._maybe(data["vocabulary"], "int64", (head_size,)),
         )
+
+    def _embedding(self, data: Any) -> Embedding:
+        kind, shape = data["kind"], (self._sizes["tokens"], self._sizes["hidden"])
+        if not kind.startswith("blocks_"):
+            return Embedding(kind, self._tensor(data["values"], kind, shape), None, "float32")
+        scale_kind = data["scales"]["dtype"]
+        values = self._tensor(data["values"], "uint8", (shape[0], shape[1] * int(kind.removeprefix("blocks_")) // 8))
+        return Embedding(kind, values, self._tensor(data["scales"], scale_kind, (shape[0], shape[1] // 32)), scale_kind)
 
     def _layer(self, data: Any) -> ProgramLayer:
+        hidden, inner, head_dim = (self._sizes[name] for name in ("hidden", "inner", "head_dim"))
+        heads, kv_heads = self._sizes["heads"] * head_dim, self._sizes["kv_heads"] * head_dim
         return ProgramLayer(
-            attention_norm=self._tensor(data["attention_norm"]),
-            query_norm=self._maybe(data["query_norm"]),
-            key_norm=self._maybe(data["key_norm"]),
-            mlp_norm=self._tensor(data["mlp_norm"]),
-            qkv=self._matrix(data["qkv"]),
-            output=self._matrix(data["output"]),
-            gate_up=self._matrix(data["gate_up"]),
-            down=self._matrix(data["down"]),
+            attention_norm=self._tensor(data["attention_norm"], "float32", (hidden,)),
+            query_norm=self._maybe(data["query_norm"], "float32", (head_dim,)),
+            key_norm=self._maybe(data["key_norm"], "float32", (head_dim,)),
+            mlp_norm=self._tensor(data["mlp_norm"], "float32", (hidden,)),
+            qkv=self._matrix(data["qkv"], hidden, heads + 2 * kv_heads),
+            output=self._matrix(data["output"], heads, hidden),
+            gate_up=self._matrix(data["gate_up"], hidden, 2 * inner),
+            down=self._matrix(data["down"], inner, hidden),
         )
 
-    def _matrix(self, data: Any) -> Matrix:
-        return Matrix(self._tensor(data["values"]), self._tensor(data["scales"]), self._maybe(data["bias"]))
+    def _matrix(self, data: Any, rows: int, columns: int) -> Matrix:
+        return Matrix(
+            self._tensor(data["values"], "int8", (rows, columns)),
+            self._tensor(data["scales"], "float32", (columns,)),
+            self._maybe(data["bias"], "float32", (columns,)),
+        )
 
-    def _maybe(self, data: Any) -> Array | None:
-        return None if data is None else self._tensor(data)
+    def _maybe(self, data: Any, dtype: str, shape: tuple[int, ...]) -> Array | None:
+        return None if data is None else self._tensor(data, dtype, shape)
 
-    def _tensor(self, data: Any) -> Array:
-        dtype = np.dtype("uint16" if data["dtype"] == "bfloat16" else data["dtype"])
-        shape = tuple(data["shape"])
+    def _tensor(self, data: Any, dtype: str, shape: tuple[int, ...]) -> Array:
+        if (data["dtype"], tuple(data["shape"])) != (dtype, shape):
+            raise ValueError(f"a tensor is {data['dtype']} {data['shape']}, the sizes mean {dtype} {list(shape)}")
+        stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
         if "data" in data:
-            return np.frombuffer(base64.b64decode(data["data"]), dtype).reshape(shape)
-        path = self.folder / data["file"]
-        return np.memmap(path, dtype, "r", offset=data["offset"], shape=shape)
+            return np.frombuffer(base64.b64decode(data["data"]), stored).reshape(shape)
+        return np.memmap(self._folder / data["file"], stored, "r", offset=data["offset"], shape=shape)
