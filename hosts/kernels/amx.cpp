@@ -90,9 +90,12 @@ void multiply_block(const uint8_t* a, int stride, int rows, const Matrix& matrix
 }
 
 // Rounded rows times some tiles of a matrix, into (or added to) out [rows, out_stride], whose first column is the
-// first tile's. Reads whole tiles of 16 rows; what lies past the last row counts for nothing.
-void multiply(const uint8_t* a, int stride, int rows, const Matrix& matrix, int tile, int tiles,
-              const float* row_scales, float* out, int64_t out_stride, bool add) {
+// first tile's. Reads whole tiles of 16 rows; what lies past the last row counts for nothing. Rows have one scale here.
+void multiply(const mirror_kernels::Work& work, int row, int rows, const Matrix& matrix, int tile, int tiles,
+              float* out, int64_t out_stride, bool add) {
+  const int stride = work.rounded_stride;
+  const uint8_t* a = work.rounded + static_cast<int64_t>(row) * stride;
+  const float* row_scales = work.row_scales + row;
   for (int i = 0; i < tiles; i += 2) {
     const bool two_tiles = i + 1 < tiles;
     for (int done = 0; done < rows; done += 32) {

@@ -7,6 +7,7 @@
 namespace {
 
 using mirror_kernels::Matrix;
+using mirror_kernels::padded_inputs;
 using mirror_kernels::tile_columns;
 
 struct F16 {
@@ -98,15 +99,17 @@ inline void add_products(__m256i& totals, __m256i inputs, __m256i weights) {
 #endif
 }
 
+// A tile's sums of products of some rows' inputs from `first` to `end`, less the offsets.
 template <int rows>
-void multiply_block(const uint8_t* a, int stride, const Matrix& matrix, int tile, const float* row_scales, float* out,
-                    int64_t out_stride, bool add) {
-  __m256i totals[rows][2];
+MIRROR_INLINE void add_up(__m256i (&totals)[rows][2], const uint8_t* a, int stride, const int8_t* weights,
+                          const int32_t* offsets, int first, int end) {
+  const __m256i* less = reinterpret_cast<const __m256i*>(offsets);
   MIRROR_UNROLL
-  for (int row = 0; row < rows; row++) totals[row][0] = totals[row][1] = _mm256_setzero_si256();
-  const int size = matrix.row_bytes();
-  const int8_t* weights = matrix.tile(tile);
-  for (int k = 0; k < size; k += 4) {
+  for (int row = 0; row < rows; row++) {
+    totals[row][0] = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_loadu_si256(less));
+    totals[row][1] = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_loadu_si256(less + 1));
+  }
+  for (int k = first; k < end; k += 4) {
     const __m256i* part = reinterpret_cast<const __m256i*>(weights + k * tile_columns);
     const __m256i low = _mm256_load_si256(part), high = _mm256_load_si256(part + 1);
     MIRROR_UNROLL
@@ -118,41 +121,70 @@ void multiply_block(const uint8_t* a, int stride, const Matrix& matrix, int tile
       add_products(totals[row][1], inputs, high);
     }
   }
+}
+
+// With `fine`, the sums of 64 products each are scaled before they are added up.
+template <int rows, bool fine>
+void multiply_block(const uint8_t* a, int stride, const float* row_scales, int scale_stride, const Matrix& matrix,
+                    int tile, float* out, int64_t out_stride, bool add) {
+  const int size = matrix.row_bytes(), blocks = fine ? size / padded_inputs : 1, block = size / blocks;
+  __m256 sums[rows][2];
+  MIRROR_UNROLL
+  for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = _mm256_setzero_ps();
+  for (int number = 0; number < blocks; number++) {
+    __m256i totals[rows][2];
+    const int32_t* offsets =
+        fine ? matrix.block_offsets + (tile * blocks + number) * tile_columns : matrix.offsets + tile * tile_columns;
+    add_up(totals, a, stride, matrix.tile(tile), offsets, number * block, (number + 1) * block);
+    MIRROR_UNROLL
+    for (int row = 0; row < rows; row++) {
+      const __m256 scale = _mm256_set1_ps(row_scales[row * scale_stride + number]);
+      sums[row][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(totals[row][0]), scale, sums[row][0]);
+      sums[row][1] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(totals[row][1]), scale, sums[row][1]);
+    }
+  }
   MIRROR_UNROLL
   for (int half = 0; half < 2; half++) {
     const int column = tile * tile_columns + half * 8;
-    const __m256i offsets = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(matrix.offsets + column));
     const __m256 scales = _mm256_loadu_ps(matrix.scales + column);
     const __m256 bias = matrix.bias ? _mm256_loadu_ps(matrix.bias + column) : _mm256_setzero_ps();
     MIRROR_UNROLL
     for (int row = 0; row < rows; row++) {
       float* target = out + row * out_stride + half * 8;
-      const __m256 number = _mm256_cvtepi32_ps(_mm256_sub_epi32(totals[row][half], offsets));
-      __m256 result = _mm256_fmadd_ps(_mm256_mul_ps(number, scales), _mm256_set1_ps(row_scales[row]), bias);
+      __m256 result = _mm256_fmadd_ps(sums[row][half], scales, bias);
       if (add) result = _mm256_add_ps(result, _mm256_loadu_ps(target));
       _mm256_storeu_ps(target, result);
     }
   }
 }
 
-template <int rows>
-void multiply_rows(int count, const uint8_t* a, int stride, const Matrix& matrix, int tile, const float* row_scales,
-                   float* out, int64_t out_stride, bool add) {
-  if (count == rows) return multiply_block<rows>(a, stride, matrix, tile, row_scales, out, out_stride, add);
-  if constexpr (rows > 1) multiply_rows<rows - 1>(count, a, stride, matrix, tile, row_scales, out, out_stride, add);
+template <int rows, bool fine>
+void multiply_rows(int count, const uint8_t* a, int stride, const float* row_scales, int scale_stride,
+                   const Matrix& matrix, int tile, float* out, int64_t out_stride, bool add) {
+  if (count == rows)
+    return multiply_block<rows, fine>(a, stride, row_scales, scale_stride, matrix, tile, out, out_stride, add);
+  if constexpr (rows > 1)
+    multiply_rows<rows - 1, fine>(count, a, stride, row_scales, scale_stride, matrix, tile, out, out_stride, add);
 }
 
 // Rounded rows times some tiles of a matrix, into (or added to) out [rows, out_stride], whose first column is the
 // first tile's.
-void multiply(const uint8_t* a, int stride, int rows, const Matrix& matrix, int tile, int tiles,
-              const float* row_scales, float* out, int64_t out_stride, bool add) {
-  MIRROR_UNROLL
+void multiply(const mirror_kernels::Work& work, int row, int rows, const Matrix& matrix, int tile, int tiles,
+              float* out, int64_t out_stride, bool add) {
+  const bool fine = matrix.block_offsets != nullptr;
+  const int most = fine ? 3 : 6, parts = (rows + most - 1) / most;
   for (int i = 0; i < tiles; i++) {
-    const int parts = (rows + 5) / 6;
     for (int part = 0, done = 0; part < parts; part++) {
       const int count = (rows - done + parts - part - 1) / (parts - part);
-      multiply_rows<6>(count, a + static_cast<int64_t>(done) * stride, stride, matrix, tile + i, row_scales + done,
-                       out + done * out_stride + i * tile_columns, out_stride, add);
+      const uint8_t* a = work.rounded + static_cast<int64_t>(row + done) * work.rounded_stride;
+      const float* scales = work.row_scales + static_cast<int64_t>(row + done) * work.scale_stride;
+      float* target = out + done * out_stride + i * tile_columns;
+      if (fine)
+        multiply_rows<3, true>(count, a, work.rounded_stride, scales, work.scale_stride, matrix, tile + i, target,
+                               out_stride, add);
+      else
+        multiply_rows<6, false>(count, a, work.rounded_stride, scales, work.scale_stride, matrix, tile + i, target,
+                                out_stride, add);
       done += count;
     }
   }

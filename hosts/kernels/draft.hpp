@@ -27,8 +27,10 @@ MIRROR_INLINE int up_to(int number, int step) { return (number + step - 1) / ste
 struct Matrix {
   const int8_t* values = nullptr;
   const int32_t* offsets = nullptr;  // [out], 128 times the sum of each output's weights: inputs are stored plus 128
-  const float* scales = nullptr;     // [out]
-  const float* bias = nullptr;       // [out] or null
+  const int32_t* block_offsets =
+      nullptr;                    // the same by 64 inputs, [out / 16][in / 64][16]; null if rows have one scale
+  const float* scales = nullptr;  // [out]
+  const float* bias = nullptr;    // [out] or null
   int in = 0, out = 0, tiles = 0;
 
   MIRROR_INLINE int row_bytes() const { return up_to(in, padded_inputs); }
@@ -46,6 +48,7 @@ struct Draft {
   int hidden = 0, heads = 0, kv_heads = 0, head_dim = 0, inner = 0, layer_count = 0;
   int tokens = 0, streams = 0, positions = 0;
   float epsilon = 0, scale = 0;
+  bool fine = false;  // rows are rounded by a scale for each 64 numbers, not by one
   mirror_embedding embedding{};
   const float *stream_rows = nullptr, *cosines = nullptr, *sines = nullptr, *norm = nullptr;
   const Layer* layers = nullptr;
@@ -72,7 +75,7 @@ constexpr int head_tiles = 16;  // of a part of the vocabulary
 struct Work {
   float* x = nullptr;           // [width, hidden]
   uint8_t* rounded = nullptr;   // [width + 32, widest], plus 128; a matrix unit reads whole tiles, from any row on
-  float* row_scales = nullptr;  // [width]
+  float* row_scales = nullptr;  // [width, scale_stride]
   float* queries = nullptr;     // [kv_heads, width, group, head_dim], times attention's scale
   float* mixed = nullptr;       // [width, heads * head_dim]
   float* inner = nullptr;       // [width, inner]
@@ -81,7 +84,7 @@ struct Work {
   float* best = nullptr;        // [parts of the vocabulary, wanted], each part's greatest logit
   int32_t* best_places = nullptr;
   int64_t scratch_size = 0;
-  int rounded_stride = 0;
+  int rounded_stride = 0, scale_stride = 1;
   BranchSlots branches;
 };
 

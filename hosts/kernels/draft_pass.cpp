@@ -115,7 +115,7 @@ float* copied(Arena& arena, const float* numbers, std::int64_t count) {
   return copy;
 }
 
-Matrix packed(Arena& arena, const mirror_matrix& given) {
+Matrix packed(Arena& arena, const mirror_matrix& given, bool fine) {
   Matrix matrix;
   matrix.in = given.in;
   matrix.out = given.out;
@@ -123,15 +123,22 @@ Matrix packed(Arena& arena, const mirror_matrix& given) {
   const std::int64_t columns = static_cast<std::int64_t>(matrix.tiles) * tile_columns;
   std::int8_t* values = arena.take<std::int8_t>(columns * matrix.row_bytes());
   std::int32_t* offsets = arena.take<std::int32_t>(columns);
+  const std::int64_t blocks = matrix.row_bytes() / padded_inputs;
+  std::int32_t* block_offsets = fine ? arena.take<std::int32_t>(columns * blocks) : nullptr;
   for (std::int64_t i = 0; i < given.in; i++)
     for (std::int64_t j = 0; j < given.out; j++) {
       const std::int8_t value = given.values[i * given.out + j];
       const std::int64_t tile = j / tile_columns * matrix.row_bytes() * tile_columns;
       values[tile + i / 4 * 64 + j % tile_columns * 4 + i % 4] = value;
       offsets[j] += 128 * value;
+      if (fine) {
+        const std::int64_t block = j / tile_columns * blocks + i / padded_inputs;
+        block_offsets[block * tile_columns + j % tile_columns] += 128 * value;
+      }
     }
   matrix.values = values;
   matrix.offsets = offsets;
+  matrix.block_offsets = block_offsets;
   float* scales = arena.take<float>(columns);
   std::copy_n(given.scales, given.out, scales);
   matrix.scales = scales;
@@ -142,6 +149,10 @@ Matrix packed(Arena& arena, const mirror_matrix& given) {
   }
   return matrix;
 }
+
+// Layers up to which one scale for each row does no harm. More of them make much of what rounding takes from the small
+// numbers of a row with a few large ones; a scale for each 64 costs wide passes some time, and matrix units too much.
+constexpr int coarse_layers = 8;
 
 constexpr int steps_per_layer = 9, other_steps = 4;
 
@@ -301,7 +312,8 @@ struct mirror_draft_team {
     work_.rounded_stride = up_to(draft.widest(), padded_inputs);
     if (work_.rounded_stride / 64 % 2 == 0) work_.rounded_stride += 64;
     work_.rounded = arena_.take<std::uint8_t>((rows + 32) * work_.rounded_stride);
-    work_.row_scales = arena_.take<float>(rows);
+    work_.scale_stride = draft.fine ? up_to(draft.widest(), padded_inputs) / padded_inputs : 1;
+    work_.row_scales = arena_.take<float>((rows + 32) * work_.scale_stride);
     work_.queries = arena_.take<float>(rows * draft.heads * draft.head_dim);
     work_.mixed = arena_.take<float>(rows * draft.heads * draft.head_dim);
     work_.inner = arena_.take<float>(rows * draft.inner);
@@ -362,6 +374,7 @@ mirror_draft* mirror_draft_open(const mirror_draft_facts* facts, const char* wan
   draft.positions = facts->positions;
   draft.epsilon = facts->epsilon;
   draft.scale = facts->scale;
+  draft.fine = facts->layer_count > coarse_layers && std::strcmp(kernels->name, "amx") != 0;
   draft.embedding = facts->embedding;
   draft.stream_rows = copied(arena, facts->stream_rows, static_cast<std::int64_t>(facts->streams) * facts->hidden);
   const std::int64_t angles = static_cast<std::int64_t>(facts->positions) * (facts->head_dim / 2);
@@ -375,13 +388,13 @@ mirror_draft* mirror_draft_open(const mirror_draft_facts* facts, const char* wan
     layers[i].query_norm = copied(arena, given.query_norm, facts->head_dim);
     layers[i].key_norm = copied(arena, given.key_norm, facts->head_dim);
     layers[i].mlp_norm = copied(arena, given.mlp_norm, facts->hidden);
-    layers[i].qkv = packed(arena, given.qkv);
-    layers[i].output = packed(arena, given.output);
-    layers[i].gate_up = packed(arena, given.gate_up);
-    layers[i].down = packed(arena, given.down);
+    layers[i].qkv = packed(arena, given.qkv, draft.fine);
+    layers[i].output = packed(arena, given.output, draft.fine);
+    layers[i].gate_up = packed(arena, given.gate_up, draft.fine);
+    layers[i].down = packed(arena, given.down, draft.fine);
   }
   draft.layers = layers;
-  draft.head = packed(arena, facts->head);
+  draft.head = packed(arena, facts->head, draft.fine);
   if (facts->vocabulary) {
     std::int64_t* vocabulary = arena.take<std::int64_t>(facts->head.out);
     std::copy_n(facts->vocabulary, facts->head.out, vocabulary);

@@ -2,7 +2,7 @@
 // unnamed namespace:
 //
 //   F16                16 floats: load, store, set, fma, plus, minus, times, over, most, least, exp2_of, sum, largest
-//   multiply(...)      rows of rounded inputs times tiles of a matrix
+//   multiply(...)      rounded rows times tiles of a matrix
 //   attention_rows     queries that attention takes at once
 //   put_key, put_value, score_all, mix_all, own_score, add_own_value   attention over a cache in an order of its own
 //
@@ -81,21 +81,28 @@ void embed(const Draft& draft, int64_t id, float* x) {
   }
 }
 
-// Rounds a row [size], times `factor` and a weight each, to 8 bits plus 128; returns the scale.
-float round_row(const float* x, const float* weights, float factor, int size, uint8_t* rounded) {
-  F16 largest_of = set(1e-20f);
-  for (int i = 0; i < size; i += 16) {
-    const F16 value = weights ? times(load(x + i), load(weights + i)) : load(x + i);
-    largest_of = most(largest_of, magnitude(value));
-  }
-  const float top = largest(largest_of);
-  const F16 inverse = set(127.0f / top);
-  for (int i = 0; i < size; i += 16) {
-    const F16 value = weights ? times(load(x + i), load(weights + i)) : load(x + i);
-    store_rounded(rounded + i, times(value, inverse));
+// Rounds a row [size], times `factor` and a weight each, to 8 bits plus 128; writes the scale, or one for each 64
+// numbers.
+void round_row(const Work& work, int row, bool fine, const float* x, const float* weights, float factor, int size) {
+  uint8_t* rounded = work.rounded + static_cast<int64_t>(row) * work.rounded_stride;
+  float* scales = work.row_scales + static_cast<int64_t>(row) * work.scale_stride;
+  const int block = fine ? padded_inputs : size;
+  for (int first = 0; first < size; first += block) {
+    const int end = first + block < size ? first + block : size;
+    F16 largest_of = set(1e-20f);
+    for (int i = first; i < end; i += 16) {
+      const F16 value = weights ? times(load(x + i), load(weights + i)) : load(x + i);
+      largest_of = most(largest_of, magnitude(value));
+    }
+    const float top = largest(largest_of);
+    const F16 inverse = set(127.0f / top);
+    for (int i = first; i < end; i += 16) {
+      const F16 value = weights ? times(load(x + i), load(weights + i)) : load(x + i);
+      store_rounded(rounded + i, times(value, inverse));
+    }
+    *scales++ = top * factor / 127.0f;
   }
   for (int i = size; i < up_to(size, padded_inputs); i++) rounded[i] = 128;
-  return top * factor / 127.0f;
 }
 
 float norm_factor(const float* x, int size, float epsilon) {
@@ -106,8 +113,7 @@ float norm_factor(const float* x, int size, float epsilon) {
 
 void norm_and_round(const Draft& draft, const Work& work, const float* x, const float* weights, int row) {
   const float factor = norm_factor(x, draft.hidden, draft.epsilon);
-  uint8_t* rounded = work.rounded + static_cast<int64_t>(row) * work.rounded_stride;
-  work.row_scales[row] = round_row(x, weights, factor, draft.hidden, rounded);
+  round_row(work, row, draft.fine, x, weights, factor, draft.hidden);
 }
 
 // --- products --------------------------------------------------------------------------------------------------------
@@ -141,10 +147,6 @@ int tiles_per_unit(int tiles, int threads) {
     }
   }
   return chosen;
-}
-
-const uint8_t* rounded_row(const Work& work, int row) {
-  return work.rounded + static_cast<int64_t>(row) * work.rounded_stride;
 }
 
 // One part of the heads of q, k and v: turns them and puts them where attention looks for them.
@@ -191,8 +193,7 @@ bool project_heads(const Draft& draft, const Work& work, const mirror_draft_pass
     const int count = pass.width - first < rows.rows ? pass.width - first : rows.rows;
     for (int done = 0; done < count; done += 32) {
       const int some = count - done < 32 ? count - done : 32;
-      multiply(rounded_row(work, first + done), work.rounded_stride, some, layer.qkv, head * tiles, tiles,
-               work.row_scales + first + done, scratch, size, false);
+      multiply(work, first + done, some, layer.qkv, head * tiles, tiles, scratch, size, false);
       for (int row = 0; row < some; row++)
         place_head(draft, work, pass, layer, number, head, first + done + row, scratch + row * size);
     }
@@ -208,7 +209,7 @@ bool project_back(const Work& work, const mirror_draft_pass& pass, Turn& turn, c
     const int tile = unit % columns * each, first = unit / columns * rows.rows;
     const int count = pass.width - first < rows.rows ? pass.width - first : rows.rows;
     const int tiles = matrix.tiles - tile < each ? matrix.tiles - tile : each;
-    multiply(rounded_row(work, first), work.rounded_stride, count, matrix, tile, tiles, work.row_scales + first,
+    multiply(work, first, count, matrix, tile, tiles,
              x + static_cast<int64_t>(first) * matrix.out + tile * tile_columns, matrix.out, true);
   });
 }
@@ -227,10 +228,8 @@ bool project_gates(const Draft& draft, const Work& work, const mirror_draft_pass
     const int tiles = pairs - tile < each ? pairs - tile : each, width = tiles * tile_columns;
     for (int first = begin; first < end; first += 32) {
       const int count = end - first < 32 ? end - first : 32;
-      multiply(rounded_row(work, first), work.rounded_stride, count, matrix, tile, tiles, work.row_scales + first,
-               gates, width, false);
-      multiply(rounded_row(work, first), work.rounded_stride, count, matrix, pairs + tile, tiles,
-               work.row_scales + first, ups, width, false);
+      multiply(work, first, count, matrix, tile, tiles, gates, width, false);
+      multiply(work, first, count, matrix, pairs + tile, tiles, ups, width, false);
       for (int row = 0; row < count; row++) {
         float* target = work.inner + static_cast<int64_t>(first + row) * draft.inner + tile * tile_columns;
         for (int i = 0; i < width; i += 16) {
@@ -360,8 +359,7 @@ bool best_of_parts(const Draft& draft, const Work& work, const mirror_draft_pass
     int32_t* places = work.best_places + static_cast<int64_t>(unit) * pass.wanted;
     for (int first = 0; first < pass.wanted; first += 32) {
       const int count = pass.wanted - first < 32 ? pass.wanted - first : 32;
-      multiply(rounded_row(work, first), work.rounded_stride, count, head, tile, tiles, work.row_scales + first,
-               scratch, width, false);
+      multiply(work, first, count, head, tile, tiles, scratch, width, false);
       for (int row = 0; row < count; row++) {
         const float* mine = scratch + row * width;
         F16 top = set(hidden_score);
@@ -384,8 +382,7 @@ bool all_logits(const Draft& draft, const Work& work, const mirror_draft_pass& p
   return share(turn, head_parts(draft), [&](int unit) {
     const int tile = unit * head_tiles;
     const int tiles = head.tiles - tile < head_tiles ? head.tiles - tile : head_tiles;
-    multiply(work.rounded, work.rounded_stride, pass.wanted, head, tile, tiles, work.row_scales,
-             work.logits + tile * tile_columns, width, false);
+    multiply(work, 0, pass.wanted, head, tile, tiles, work.logits + tile * tile_columns, width, false);
   });
 }
 
@@ -482,8 +479,7 @@ bool run_layers(const Draft& draft, const Work& work, const mirror_draft_pass& p
   };
   const auto round_rows = [&](const float* rows, int size) {
     return by_rows([&](int row) {
-      uint8_t* rounded = work.rounded + static_cast<int64_t>(row) * work.rounded_stride;
-      work.row_scales[row] = round_row(rows + static_cast<int64_t>(row) * size, nullptr, 1.0f, size, rounded);
+      round_row(work, row, draft.fine, rows + static_cast<int64_t>(row) * size, nullptr, 1.0f, size);
     });
   };
   const auto norm_rows = [&](const float* weights) {
