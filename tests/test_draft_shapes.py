@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mirror.bundle import DraftFacts, Settings, read_manifest
+from mirror.bundle import KEY_BLOCK, DraftFacts, Settings, read_manifest
 from mirror.errors import RequestError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.loading import Plan, draft_shapes, make_plan
@@ -72,8 +72,11 @@ def test_passes_for_fewer_branches_and_those_of_a_proposal_are_loaded_too(bundle
 def test_a_drafts_cache_has_room_for_the_streams_of_a_proposal(bundle: Path) -> None:
     plan = planned(bundle, (4, 2, 1, 1, 0, 0, 0, 0), (1,), streams=3)
     wider = dataclasses.replace(plan, proposal_tokens_per_pass=(1, 4))
-    assert wider.draft_capacity == plan.draft_capacity + 3
-    assert plan.draft_capacity == plan.max_length + plan.rollout_slots
+    assert wider.rollout_slots == plan.rollout_slots + 3
+    for sized in (plan, wider):
+        # In whole blocks of keys, and no more than they ask for.
+        assert sized.draft_capacity % KEY_BLOCK == 0
+        assert 0 <= sized.draft_capacity - (sized.max_length + sized.rollout_slots) < KEY_BLOCK
 
 
 def test_a_bundles_limits_belong_to_its_passes(bundle: Path) -> None:

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from mirror.bundle import Settings, read_manifest, write_manifest
+from mirror.bundle import KEY_BLOCK, Settings, read_manifest, write_manifest
 from mirror.errors import RequestError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft, Meeting
@@ -104,7 +104,8 @@ def test_a_cache_has_room_for_what_is_read(folder: Path) -> None:
     whole, recent, more = (
         make_plan(manifest, EngineOptions(draft_context=limit), shared_cpu=True) for limit in (None, 8, 1000)
     )
-    assert whole.draft_capacity - recent.draft_capacity == manifest.decoding.max_length - 8
+    blocks = [-(-(read + whole.rollout_slots) // KEY_BLOCK) for read in (manifest.decoding.max_length, 8)]
+    assert [whole.draft_capacity, recent.draft_capacity] == [KEY_BLOCK * count for count in blocks]
     assert more.draft_capacity == whole.draft_capacity
     assert recent.target_capacity == whole.target_capacity
 
