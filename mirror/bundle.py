@@ -29,6 +29,7 @@ NOISE_POSITIONS = 64  # rows of a noise table: a rollout looks at no more positi
 # What drafts that `mirror distill` trained read of a context: SmolLM2's, trained on short texts, guesses with this much
 # of 5,200 tokens no worse than with all (docs/drafts.md), in less time.
 DRAFT_CONTEXT = 2048
+PROGRAM_FORMAT = 1  # of the file that describes a draft to kernels of our own (docs/bundle.md)
 VOCABULARY_FILE = "draft_vocabulary.npy"  # the tokens that a trimmed head's scores are for, int64 [vocabulary]
 DATE_MARK = "{{date}}"  # in a chat format's texts, for today's date
 

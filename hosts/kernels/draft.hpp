@@ -56,10 +56,6 @@ struct Draft {
   const int64_t* vocabulary = nullptr;
 
   MIRROR_INLINE int group() const { return heads / kv_heads; }
-  MIRROR_INLINE int widest() const {
-    return inner > hidden ? (inner > heads * head_dim ? inner : heads * head_dim)
-                          : (hidden > heads * head_dim ? hidden : heads * head_dim);
-  }
 };
 
 // The slots of each branch, ascending.

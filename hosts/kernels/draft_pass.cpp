@@ -89,23 +89,16 @@ class Arena {
     void* block = ::operator new(bytes, std::align_val_t(64));
     std::memset(block, 0, bytes);
     blocks_.emplace_back(block);
-    bytes_ += static_cast<std::int64_t>(bytes);
     return static_cast<T*>(block);
   }
 
-  std::int64_t bytes() const { return bytes_; }
-
-  void clear() {
-    blocks_.clear();
-    bytes_ = 0;
-  }
+  void clear() { blocks_.clear(); }
 
  private:
   struct Free {
     void operator()(void* block) const { ::operator delete(block, std::align_val_t(64)); }
   };
   std::vector<std::unique_ptr<void, Free>> blocks_;
-  std::int64_t bytes_ = 0;
 };
 
 float* copied(Arena& arena, const float* numbers, std::int64_t count) {
@@ -309,10 +302,11 @@ struct mirror_draft_team {
     work_.branches = branches;
     work_.x = arena_.take<float>(rows * draft.hidden);
     // An odd number of cache lines, so that rows don't compete for the same places in a cache.
-    work_.rounded_stride = up_to(draft.widest(), padded_inputs);
+    const int widest = up_to(std::max({draft.hidden, draft.inner, draft.heads * draft.head_dim}), padded_inputs);
+    work_.rounded_stride = widest;
     if (work_.rounded_stride / 64 % 2 == 0) work_.rounded_stride += 64;
     work_.rounded = arena_.take<std::uint8_t>((rows + 32) * work_.rounded_stride);
-    work_.scale_stride = draft.fine ? up_to(draft.widest(), padded_inputs) / padded_inputs : 1;
+    work_.scale_stride = draft.fine ? widest / padded_inputs : 1;
     work_.row_scales = arena_.take<float>((rows + 32) * work_.scale_stride);
     work_.queries = arena_.take<float>(rows * draft.heads * draft.head_dim);
     work_.mixed = arena_.take<float>(rows * draft.heads * draft.head_dim);
@@ -405,8 +399,6 @@ mirror_draft* mirror_draft_open(const mirror_draft_facts* facts, const char* wan
 }
 
 void mirror_draft_close(mirror_draft* draft) { delete draft; }
-
-std::int64_t mirror_draft_bytes(const mirror_draft* draft) { return draft->arena.bytes(); }
 
 mirror_draft_team* mirror_draft_team_open(std::int32_t threads, std::int32_t spare) {
   return new mirror_draft_team(std::max(1, threads), spare != 0);

@@ -100,7 +100,6 @@ MIRROR_KERNELS_API int32_t mirror_kernels_version(void);
 /* Packs a draft's weights. Null if its sizes don't fit (head_dim must divide by 16), or this CPU can't. */
 MIRROR_KERNELS_API mirror_draft* mirror_draft_open(const mirror_draft_facts* facts, const char* kernels);
 MIRROR_KERNELS_API void mirror_draft_close(mirror_draft* draft);
-MIRROR_KERNELS_API int64_t mirror_draft_bytes(const mirror_draft* draft); /* that the packed weights take */
 
 /* Threads that run passes, the caller among them, and their working memory; one pass at a time. `spare`: whether nobody
  * else wants their cores between two passes of a rollout, so that they may stay awake for the next one. A team is closed

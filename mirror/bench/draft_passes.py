@@ -6,11 +6,12 @@ window's (`8`, with candidates), or branches': `20x4` is 20 of four rows each, o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,8 +97,6 @@ class Arm:
 def load_arm(name: str, bundle: Path, manifest: Manifest, shapes: Sequence[Rows], capacity: int, threads: int) -> Arm:
     """Load a draft on a device."""
     device_name, _, kernels = name.partition("/")
-    before = os.environ.pop(VARIABLE, None)
-    os.environ.update({VARIABLE: kernels} if kernels else {})
     device = open_device(device_name, background=True)
 
     def load(segment_name: str, wanted: list[PassShape]) -> LoadedSegment:
@@ -105,12 +104,24 @@ def load_arm(name: str, bundle: Path, manifest: Manifest, shapes: Sequence[Rows]
         segment = int8 or manifest.segments[segment_name]
         return device.load_segment(LoadRequest(bundle, segment, wanted, capacity, threads))
 
-    trunk = load("draft_trunk", sorted({rows.shape for rows in shapes if not rows.branches} or {PassShape(8)}))
-    branch = load("draft", sorted({rows.shape for rows in shapes if rows.branches} or {PassShape(1, 1)}))
-    os.environ.pop(VARIABLE, None)
-    os.environ.update({} if before is None else {VARIABLE: before})
+    with _kernels(kernels):
+        trunk = load("draft_trunk", sorted({rows.shape for rows in shapes if not rows.branches} or {PassShape(8)}))
+        branch = load("draft", sorted({rows.shape for rows in shapes if rows.branches} or {PassShape(1, 1)}))
     cache = device.make_cache(manifest.segments["draft"].kv, capacity)
     return Arm(name, trunk, branch, cache, FeedPool(capacity, manifest.model.max_positions))
+
+
+@contextlib.contextmanager
+def _kernels(chosen: str) -> Iterator[None]:
+    """Let segments be loaded with some kernels, the best if none are named."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = chosen
+    try:
+        yield
+    finally:
+        del os.environ[VARIABLE]
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 @click.command()

@@ -15,13 +15,13 @@ from typing import Any
 
 import onnx_ir as ir
 
+from mirror.bundle import PROGRAM_FORMAT
 from mirror.export.draft_inputs import FEATURE_WEIGHT, STREAMS
 from mirror.export.graphs import is_op, sizes
 from mirror.export.quantize import BLOCK, ORT
 from mirror.export.trace import DOMAIN
 from mirror.export.vocabulary import IDS
 
-FORMAT = 1
 LANES = 16  # features that the kernels take at once: heads, states and MLPs are whole multiples
 _MOST_LEAST_MAGNITUDE = 1e-6  # above it, evening an MLP's rows would not be for their rounding alone
 _HEADS_FIRST = (0, 2, 1, 3)
@@ -98,7 +98,7 @@ class _Reader:
         cosines, sines = facts["tables"]
         table = [facts["positions"], facts["head_dim"] // 2]
         return {
-            "format": FORMAT,
+            "format": PROGRAM_FORMAT,
             **{name: facts[name] for name in _FACTS},
             "streams": count,
             "embedding": embedding,

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from mirror.bundle import PROGRAM_FORMAT
 from mirror.errors import BundleError
 from mirror.targets.base import Array
-
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def read_program(folder: Path, name: str) -> Program | None:
     path = folder / name
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != _FORMAT:
+        if data["format"] != PROGRAM_FORMAT:
             return None
         return _Reader(folder, data).program()
     except (OSError, KeyError, TypeError, ValueError) as error:

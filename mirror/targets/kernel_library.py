@@ -99,8 +99,6 @@ def _library() -> ctypes.CDLL | None:
     library.mirror_kernels_of.argtypes = [c_char_p]
     library.mirror_draft_open.restype = c_void_p
     library.mirror_draft_open.argtypes = [POINTER(_Facts), c_char_p]
-    library.mirror_draft_bytes.restype = c_int64
-    library.mirror_draft_bytes.argtypes = [c_void_p]
     library.mirror_draft_team_open.restype = c_void_p
     library.mirror_draft_team_open.argtypes = [c_int32, c_int32]
     library.mirror_draft_run.argtypes = [c_void_p, c_void_p, POINTER(DraftPass)]
@@ -162,11 +160,6 @@ class PackedDraft:
         self._library, self._draft, self._team = library, draft, team
         self._embedding = program.embedding
         weakref.finalize(self, _close, library, draft, team)
-
-    @property
-    def weight_bytes(self) -> int:
-        """The memory that its packed weights take."""
-        return int(self._library.mirror_draft_bytes(self._draft))
 
     def run(self, sizes: DraftPass) -> None:
         """Run one pass; other threads run Python meanwhile.

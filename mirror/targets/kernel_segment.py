@@ -33,7 +33,7 @@ class KernelSegment:
         self._top = int(top)
         self._names = frozenset(spec.name for spec in graph.inputs if not spec.name.startswith("past_key_values."))
         self._layers = tuple(layer.layer for layer in segment.kv)
-        self._results: dict[tuple[int, int], tuple[Array, Array, Array]] = {}
+        self._results: dict[tuple[int, int, int], tuple[Array, Array, Array]] = {}
         self._addresses: tuple[KVCache, Array, Array] | None = None
 
     @property
@@ -62,7 +62,7 @@ class KernelSegment:
         wanted = np.ascontiguousarray(to_host(feeds["logit_rows"]), np.int64)
         width, capacity = given[0].size, given[-1].size
         top = self._candidates(wanted.size, drawn="inverse_temperature" in feeds)
-        results = self._result_arrays(wanted.size, top)
+        results = self._result_arrays(width, wanted.size, top)
         self.draft.run(
             DraftPass(
                 width,
@@ -87,13 +87,13 @@ class KernelSegment:
         most = min(NOISY_TOKENS, self.draft.vocabulary)
         return max(self._top, min(most, _MOST_CANDIDATES // max(wanted, 1)))
 
-    def _result_arrays(self, wanted: int, top: int) -> tuple[Array, Array, Array]:
+    def _result_arrays(self, width: int, wanted: int, top: int) -> tuple[Array, Array, Array]:
         """Return where a pass's results go, the same for the same sizes."""
-        found = self._results.get((wanted, top))
+        found = self._results.get((width, wanted, top))
         if found is None:
             shape = 1, wanted, top
             found = np.zeros((1, wanted), np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-            self._results[wanted, top] = found
+            self._results[width, wanted, top] = found
         return found
 
     def _cache_addresses(self, cache: KVCache | None) -> tuple[Array, Array]:
