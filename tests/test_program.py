@@ -7,7 +7,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from mirror.export.weights import WeightFile
 from mirror.runtime.feeds import FeedPool
 from mirror.targets.base import LoadRequest, PassShape, to_host
 from mirror.targets.cpu import CpuDevice
+from mirror.targets.draft_program import Matrix, read_program
+from tests.draft_reference import Reference
 from tests.families import VOCAB, make_checkpoint
 from tests.test_export import distilled_record
 
@@ -301,61 +302,26 @@ def test_blocks_of_an_embedding(bundle: Path, tied: Path) -> None:
     assert np.abs(found - exact).max() <= np.abs(exact).max() / 7
 
 
-@dataclass(frozen=True)
-class Computed:
-    """A program in numpy, with the graphs' rounding of what is multiplied: docs/bundle.md."""
-
-    folder: Path
-    program: dict[str, Any]
-
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Return the logits `[width, vocabulary]` of a line of tokens and streams."""
-        program, x = self.program, self.embedded(ids)
-        for layer in program["layers"]:
-            x = x + self.attention(layer, self.normed(x, layer["attention_norm"]))
-            gate_up = self.product(self.normed(x, layer["mlp_norm"]), layer["gate_up"])
-            gate, up = np.split(gate_up, [program["inner"]], axis=-1)
-            inner = gate / (1 + np.exp(-gate)) * up
-            largest = np.abs(inner).max(-1, keepdims=True)
-            x = x + self.product(inner / largest, layer["down"]) * largest
-        return self.product(self.normed(x, program["norm"]), program["head"])
+class OfGraphs(Reference):
+    """A pass in numpy with the graphs' rounding: what is multiplied has one scale a pass, MLPs' inner rows evened."""
 
     def embedded(self, ids: np.ndarray) -> np.ndarray:
-        tokens, streams = self.program["tokens"], values(self.folder, self.program["stream_rows"])
-        table = self.program["embedding"]
-        packed, scales = values(self.folder, table["values"]), values(self.folder, table["scales"])
-        numbers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(tokens, -1).astype(np.float32) - 8
-        rows = (numbers * np.repeat(scales, 32, axis=1)).astype(scales.dtype).astype(np.float32)
-        return np.concatenate([rows, streams])[ids]
+        rows, scales = super().embedded(ids), self.program.embedding.scales
+        assert scales is not None
+        is_token = (ids < self.program.sizes["tokens"])[:, None]
+        return np.where(is_token, rows.astype(scales.dtype).astype(np.float32), rows)
 
-    def attention(self, layer: dict[str, Any], x: np.ndarray) -> np.ndarray:
-        facts, width = self.program, len(x)
-        heads, kv_heads, head_dim = facts["heads"], facts["kv_heads"], facts["head_dim"]
-        parts = [heads * head_dim, (heads + kv_heads) * head_dim]
-        query, key, value = (
-            part.reshape(width, -1, head_dim) for part in np.split(self.product(x, layer["qkv"]), parts, axis=-1)
-        )
-        key, value = (np.repeat(part, heads // kv_heads, axis=1) for part in (self.rotated(key), value))
-        scores = np.einsum("ihd,jhd->hij", self.rotated(query), key) * facts["scale"]
-        scores = np.where(np.tri(width, dtype=bool), np.exp(scores), 0)
-        mixed = np.einsum("hij,jhd->ihd", scores / scores.sum(-1, keepdims=True), value)
-        return self.product(mixed.reshape(width, -1), layer["output"])
+    def inner_product(self, x: np.ndarray, matrix: Matrix) -> np.ndarray:
+        largest = np.abs(x).max(-1, keepdims=True)
+        return self.product(x / largest, matrix) * largest
 
-    def rotated(self, x: np.ndarray) -> np.ndarray:
-        cos, sin = (values(self.folder, self.program[name])[: len(x), None] for name in ("cosines", "sines"))
-        first, second = np.split(x, 2, axis=-1)
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-    def normed(self, x: np.ndarray, weight: dict[str, Any]) -> np.ndarray:
-        mean = np.square(x).mean(-1, keepdims=True)
-        return x / np.sqrt(mean + self.program["epsilon"]) * values(self.folder, weight)
-
-    def product(self, x: np.ndarray, matrix: dict[str, Any]) -> np.ndarray:
+    def product(self, x: np.ndarray, matrix: Matrix) -> np.ndarray:
         low, high = min(x.min(), 0), max(x.max(), 0)
         scale = (high - low) / 255
         zero = np.rint(-low / scale)
         rounded = (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
-        return rounded @ unrounded(self.folder, matrix).T
+        result = rounded @ (matrix.values * matrix.scales)
+        return result if matrix.bias is None else result + matrix.bias
 
 
 def test_a_program_computes_what_the_graphs_do(bundle: Path) -> None:
@@ -368,11 +334,13 @@ def test_a_program_computes_what_the_graphs_do(bundle: Path) -> None:
     loaded = device.load_segment(LoadRequest(bundle, segment, [PassShape(len(ids), len(ids))], CAPACITY, 1))
     outputs = loaded.run({**feeds.tensors, "logit_rows": places}, device.make_cache(segment.kv, CAPACITY), 0)
 
-    program = program_in(bundle)
-    logits = Computed(bundle, program).logits(ids)
+    program = read_program(bundle, PROGRAM_FILE)
+    assert program is not None
+    assert program.vocabulary is not None
+    logits = OfGraphs(program, CAPACITY).logits(feeds, 0, places)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     order = np.argsort(-logits, axis=-1)[:, : outputs["candidate_ids"].shape[-1]]
-    tokens = values(bundle, program["vocabulary"])[order]
+    tokens = program.vocabulary[order]
     assert to_host(outputs["candidate_ids"])[0, :, 0].tolist() == tokens[:, 0].tolist()
     found = to_host(outputs["candidate_logprobs"])[0]
     np.testing.assert_allclose(found, np.take_along_axis(logprobs, order, -1), atol=0.01)
