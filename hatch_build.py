@@ -1,4 +1,4 @@
-"""Builds the package's CPU kernels (hosts/kernels) where there is a C++ compiler for them.
+"""Builds the package's kernels (hosts/kernels) where there is a C++ compiler for them.
 
 Without one the package works all the same: ONNX Runtime runs drafts on the CPU then, and `mirror devices` says so.
 """
@@ -28,6 +28,9 @@ _FLAGS = {
     "avx512.cpp": _AVX512,
     "amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
+# An operator for GPUs, whose kernel travels as text in the library and is compiled for the GPU at hand.
+_GPU_SOURCE = "cuda/products.cu"
+_GPU_FILES = ("cuda/products.cpp", "cuda/driver.cpp")
 _COMMON = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
     # GCC 12 warns about its own header.
@@ -69,16 +72,19 @@ def _compile(compiler: str, sources: Path, library: Path) -> None:
     def run(*arguments: str) -> None:
         subprocess.run([compiler, *arguments], check=True, capture_output=True, text=True)
 
+    files: dict[str, list[str]] = dict(_FLAGS)
+    if sys.platform == "linux":
+        files |= {name: [f'-DMIRROR_PRODUCTS_SOURCE="{sources / _GPU_SOURCE}"'] for name in _GPU_FILES}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-        objects = {name: str(Path(folder, f"{name}.o")) for name in _FLAGS}
+        objects = {name: str(Path(folder, f"{Path(name).name}.o")) for name in files}
         jobs = [
             pool.submit(run, *_COMMON, *flags, "-c", str(sources / name), "-o", objects[name])
-            for name, flags in _FLAGS.items()
+            for name, flags in files.items()
         ]
         for job in jobs:
             job.result()
         whole = Path(folder, library.name)
-        run("-shared", "-o", str(whole), *objects.values(), "-pthread")
+        run("-shared", "-o", str(whole), *objects.values(), "-pthread", "-ldl")
         # Moved in place as one: a process that has the old one loaded keeps it.
         beside = library.with_suffix(".new")
         shutil.copy(whole, beside)

@@ -18,6 +18,7 @@ from mirror.errors import DeviceError
 from mirror.targets.base import LoadRequest
 from mirror.targets.cuda_driver import load_driver
 from mirror.targets.cuda_runtime import CudaStream
+from mirror.targets.kernel_library import LIBRARY, chosen_products
 from mirror.targets.onnxruntime_session import DeviceStream, Memory, OnnxRuntimeDevice, Provider
 
 PROVIDER = "CUDAExecutionProvider"
@@ -32,6 +33,7 @@ _ATTENTION = "GroupQueryAttention"
 # round differently.
 _WITHOUT_CUDNN = str(1 | 2)
 _LONG_CAPACITY = 4096
+_HALF = "float16"
 
 
 class CudaDevice(OnnxRuntimeDevice):
@@ -58,7 +60,11 @@ class CudaDevice(OnnxRuntimeDevice):
         provider = self._provider
         if request.capacity >= _LONG_CAPACITY:
             provider = replace(provider, options={**provider.options, "sdpa_kernel": _WITHOUT_CUDNN})
-        session = self._session_on(provider, path, request.segment.name, request.threads)
+        options = self.session_options(request.segment.name, request.threads)
+        # Half precision is what the kernels multiply; others are refused below.
+        if chosen_products() and all(layer.dtype == _HALF for layer in request.segment.kv):
+            options.register_custom_ops_library(str(LIBRARY))
+        session = self._session_on(provider, path, options)
         if _ATTENTION in _operators_elsewhere(session):
             raise DeviceError(
                 f"{self.name} computes attention in fp16 and bf16, and {path.name} needs it in float32; export the "

@@ -1,7 +1,8 @@
-"""The library of this package's own CPU kernels, through its C interface (`hosts/kernels/draft_pass.h`).
+"""The library of this package's own kernels, through its C interfaces (`hosts/kernels`).
 
-It is built with the package where there is a C++ compiler, and runs a draft's pass in one call on x86 CPUs with 8-bit
-dot products (AVX-VNNI, AVX-512 VNNI, AMX). This module knows ctypes; nothing else does.
+It is built with the package where there is a C++ compiler. It runs a draft's pass in one call on x86 CPUs with 8-bit
+dot products (AVX-VNNI, AVX-512 VNNI, AMX), and holds an operator that multiplies a few rows with int4 and int8 weights
+on NVIDIA GPUs. This module knows ctypes; nothing else does.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ VARIABLE = "MIRROR_KERNELS"  # of the environment: off, or one of `KERNELS`; the
 KERNELS = ("amx", "avx512", "avx2")
 
 _VERSION = 1
+_PRODUCTS = "mirror_products_missing"
 _KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "blocks_4": 3, "blocks_8": 4}
 
 
@@ -102,6 +104,8 @@ def _library() -> ctypes.CDLL | None:
     library.mirror_draft_team_open.restype = c_void_p
     library.mirror_draft_team_open.argtypes = [c_int32, c_int32]
     library.mirror_draft_run.argtypes = [c_void_p, c_void_p, POINTER(DraftPass)]
+    if hasattr(library, _PRODUCTS):
+        library.mirror_products_missing.restype = c_char_p
     for close in (library.mirror_draft_close, library.mirror_draft_team_close):
         close.restype = None
         close.argtypes = [c_void_p]
@@ -140,6 +144,29 @@ def chosen_kernels() -> str | None:
         why = kernels_missing() or f"this CPU's best are {kernels_here()}"
         raise DeviceError(f"{VARIABLE} is {wanted} and {why}; leave it unset")
     return found
+
+
+def products_missing() -> str | None:
+    """Return why GPUs have no products of this package's own and what to do, None if they have.
+
+    CUDA's libraries that come as Python packages must have been loaded: they are looked for by name.
+    """
+    library = _library()
+    if library is None:
+        return kernels_missing()
+    if not hasattr(library, _PRODUCTS):
+        return "mirror's kernels for GPUs are built on Linux alone"
+    reason = library.mirror_products_missing()
+    return None if reason is None else str(reason.decode())
+
+
+def chosen_products() -> bool:
+    """Whether GPUs multiply by this package's own kernels: where they can, unless the environment's variable is `off`.
+
+    Raises:
+        DeviceError: the variable names what isn't here.
+    """
+    return os.environ.get(VARIABLE, "").strip().lower() != "off" and products_missing() is None
 
 
 class PackedDraft:

@@ -667,20 +667,17 @@ class OnnxRuntimeDevice:
 
     def _open_session(self, path: Path, request: LoadRequest) -> tuple[ort.InferenceSession, Provider]:
         """Return a session on this device's provider, and the provider as the session has it."""
-        return self._session_on(self._provider, path, request.segment.name, request.threads), self._provider
+        options = self.session_options(request.segment.name, request.threads)
+        return self._session_on(self._provider, path, options), self._provider
 
-    def _session_on(self, provider: Provider, path: Path, segment_name: str, threads: int) -> ort.InferenceSession:
+    def _session_on(self, provider: Provider, path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
         if provider.name not in ort.get_available_providers():
             raise DeviceError(
                 f"{self._name} needs {provider.name}, this onnxruntime offers "
                 f"{', '.join(ort.get_available_providers())}; install the build that has it"
             )
         try:
-            session = ort.InferenceSession(
-                path,
-                self.session_options(segment_name, threads),
-                providers=[(provider.name, dict(provider.options))],
-            )
+            session = ort.InferenceSession(path, options, providers=[(provider.name, dict(provider.options))])
         except Exception as error:
             raise DeviceError(f"{self._name} can't load {path.name}: {error}") from error
         found = session.get_providers()[0]

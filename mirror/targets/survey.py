@@ -76,13 +76,17 @@ def _onnxruntime_version() -> str:
 
 def _cuda() -> tuple[DeviceInfo, ...]:
     from mirror.targets.cuda import cuda_missing, driver_gpus
+    from mirror.targets.kernel_library import products_missing
 
     missing = cuda_missing()
     if missing is not None:
         return (DeviceInfo("cuda:0", False, reason=missing),)
+    missing = products_missing()
+    products = f"; int4 and int8 by ONNX Runtime alone: {missing}" if missing else "; int4 and int8 by mirror's kernels"
     version = _onnxruntime_version()
     return tuple(
-        DeviceInfo(f"cuda:{index}", True, gpu, "onnxruntime", version, _BOTH) for index, gpu in enumerate(driver_gpus())
+        DeviceInfo(f"cuda:{index}", True, gpu + products, "onnxruntime", version, _BOTH)
+        for index, gpu in enumerate(driver_gpus())
     )
 
 

@@ -1,0 +1,35 @@
+// The CUDA driver and NVRTC, found when they are needed: nothing here is linked against either.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+namespace mirror_products {
+
+using Stream = void*;
+using Kernel = void*;
+using Address = unsigned long long;  // in a GPU's memory
+
+// What a GPU can do, of the calling thread's context.
+struct Gpu {
+  int index = -1;
+  int major = 0, minor = 0;   // compute capability
+  int multiprocessors = 0;
+  int shared_bytes = 0;       // of a multiprocessor
+  int shared_of_block = 0;    // the most that a thread block may ask for
+};
+
+// Why there is no driver or no NVRTC; empty where there are both.
+const std::string& driver_missing();
+
+// Throw std::runtime_error, saying what the driver or the compiler said.
+Gpu current_gpu();
+Kernel compile(const Gpu& gpu, const char* source, const std::vector<std::string>& options, const char* name,
+               int shared_bytes);
+Address allocate(std::size_t bytes);
+void clear(Address address, std::size_t bytes, Stream stream);
+void launch(Kernel kernel, unsigned blocks, unsigned parts, unsigned threads, unsigned shared_bytes, Stream stream,
+            void** arguments);
+
+}  // namespace mirror_products

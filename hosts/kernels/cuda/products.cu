@@ -1,0 +1,253 @@
+// Products of a few rows with a matrix of 4- or 8-bit integers, on NVIDIA GPUs from compute capability 8.0 on.
+//
+// Compiled when it is needed, by NVRTC, once for each choice of these numbers:
+//   BITS         of a weight: 4 or 8. Blocks of 32 along the input share a scale; zero is the middle (8, 128).
+//   TILES        of 16 outputs that a warp computes.
+//   ROW_TILES    of 8 rows.
+//   ACROSS       warps beside each other over outputs,
+//   ALONG        warps beside each other over the input.
+//   AHEAD        steps whose weights are on their way.
+//   PARTS        of the input, by thread blocks of their own.
+//   OUTPUTS, BLOCKS  the matrix: its outputs, and blocks of its inputs.
+//
+// y[row][output] = sum over blocks of scale * (q - zero) * x[row][input], in float32; a weight is rounded to float16
+// once, as scale times integer, which is what ONNX Runtime's MatMulNBits multiplies with too. Every output's sum has
+// one order, whatever the number of rows and the row's place: a position's result does not depend on its neighbours.
+//
+// A lane reads just what it multiplies. Within a step (four blocks, 128 inputs) lane t of a group of four has the t-th
+// block; which inputs a lane's registers stand for is the same for weights and rows, and the matrix units add up all
+// the same. Rows lie in shared memory in that order.
+
+using u32 = unsigned int;
+using u16 = unsigned short;
+
+namespace {
+
+constexpr int kBlock = 32;
+constexpr int kBlockBytes = 4 * BITS;
+constexpr int kChunks = BITS / 4;  // of 16 bytes in a block of weights
+constexpr int kThreads = 32 * ACROSS * ALONG;
+constexpr int kOutputs = 16 * TILES * ACROSS;  // of a thread block
+constexpr bool kEven = OUTPUTS % kOutputs == 0;
+constexpr int kRows = 8 * ROW_TILES;
+constexpr int kSteps = (BLOCKS + 3) / 4;
+constexpr int kMostSteps = (kSteps + PARTS - 1) / PARTS;  // of a thread block
+
+// What a lane needs of a step, of eight outputs at a time.
+struct Weights {
+  uint4 values[TILES * 2][kChunks];
+  u16 scales[TILES * 2];
+};
+
+__device__ __forceinline__ uint4 read_once(const void* source) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(source));
+  return value;
+}
+
+__device__ __forceinline__ u32 add2(u32 a, u32 b) {
+  u32 sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+
+__device__ __forceinline__ u32 times2(u32 a, u32 b) {
+  u32 product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+  u32 sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+// (bits & mask) | 1024 as two float16 numbers: an integer in the lowest bits adds itself.
+template <u32 mask>
+__device__ __forceinline__ u32 on_1024(u32 bits) {
+  u32 both;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(both) : "r"(bits), "n"(mask), "r"(0x64006400u));
+  return both;
+}
+
+// Two words of weights become pairs of float16 numbers; `pairs` are those of inputs (0, 4), (1, 5), (2, 6), (3, 7) for
+// four bits, (0, 1), (2, 3) for eight.
+__device__ __forceinline__ void unpack4(u32 word, u32 scale, u32 pairs[4]) {
+  const u32 minus_1032 = 0xe408e408u, sixteenth = 0x2c002c00u, minus_72 = 0xd480d480u;
+  const u32 high = word >> 8;
+  pairs[0] = times2(add2(on_1024<0x000f000fu>(word), minus_1032), scale);
+  pairs[1] = times2(fma2(on_1024<0x00f000f0u>(word), sixteenth, minus_72), scale);
+  pairs[2] = times2(add2(on_1024<0x000f000fu>(high), minus_1032), scale);
+  pairs[3] = times2(fma2(on_1024<0x00f000f0u>(high), sixteenth, minus_72), scale);
+}
+
+__device__ __forceinline__ void unpack8(u32 word, u32 scale, u32 pairs[2]) {
+  const u32 minus_1152 = 0xe480e480u;
+  pairs[0] = times2(add2(__byte_perm(word, 0x64646464u, 0x4140), minus_1152), scale);
+  pairs[1] = times2(add2(__byte_perm(word, 0x64646464u, 0x4342), minus_1152), scale);
+}
+
+__device__ __forceinline__ void multiply(float sums[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 word_of(const uint4& four, int index) {
+  return index == 0 ? four.x : index == 1 ? four.y : index == 2 ? four.z : four.w;
+}
+
+__device__ __forceinline__ u16 half_of(float value) {
+  u16 half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+}
+
+}  // namespace
+
+// weights: [OUTPUTS][BLOCKS][4 * BITS bytes], scales: float16 [OUTPUTS][BLOCKS], x: float16 [rows][32 * BLOCKS],
+// y: float16 [rows][OUTPUTS]. The grid is (parts of the outputs, PARTS). With more than one part of the input, partial
+// is float32 [PARTS][kRows][OUTPUTS], and tickets int32 [parts of the outputs], zero before and after.
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
+    products(const unsigned char* __restrict__ weights, const u16* __restrict__ scales, const u16* __restrict__ x,
+             u16* __restrict__ y, float* __restrict__ partial, int* __restrict__ tickets, int rows) {
+  extern __shared__ uint4 shared[];  // rows: [steps][ROW_TILES][4][lane]
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int group = lane >> 2, place = lane & 3;
+  const int across = warp % ACROSS, along = warp / ACROSS;
+  // This thread block's steps, and of these every ALONG-th from the warp's own on.
+  const int begin = kSteps * blockIdx.y / PARTS, end = kSteps * (blockIdx.y + 1) / PARTS;
+
+  // An output past the last one reads the last one's weights, and is not written.
+  const int first = blockIdx.x * kOutputs + across * TILES * 16 + group;
+  const auto output_of = [&](int tile) { return kEven || first + tile * 8 < OUTPUTS ? tile * 8 : OUTPUTS - 1 - first; };
+  const unsigned char* const values = weights + (long long)first * (BLOCKS * kBlockBytes);
+  const u16* const scales_here = scales + (long long)first * BLOCKS;
+  const auto fetch = [&](int step, Weights& into) {
+    if (step >= end) return;
+    int block = step * 4 + place;
+    const bool there = BLOCKS % 4 == 0 || block < BLOCKS;
+    if (!there) block = BLOCKS - 1;
+#pragma unroll
+    for (int tile = 0; tile < TILES * 2; ++tile) {
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk)
+        into.values[tile][chunk] = read_once(values + output_of(tile) * (BLOCKS * kBlockBytes) + block * kBlockBytes + chunk * 16);
+      into.scales[tile] = there ? __ldg(scales_here + output_of(tile) * BLOCKS + block) : 0;
+    }
+  };
+
+  Weights ring[AHEAD];
+#pragma unroll
+  for (int stage = 0; stage < AHEAD; ++stage) fetch(begin + along + stage * ALONG, ring[stage]);
+
+  // A row past the last one is the last one again, and is not written.
+  for (int index = threadIdx.x; index < (end - begin) * ROW_TILES * 128; index += kThreads) {
+    const int of_lane = index & 31, part = index >> 5 & 3, tile = (index >> 7) % ROW_TILES;
+    const int step = begin + (index >> 7) / ROW_TILES;
+    int row = tile * 8 + (of_lane >> 2), block = step * 4 + (of_lane & 3);
+    row = row < rows ? row : rows - 1;
+    if (BLOCKS % 4) block = block < BLOCKS ? block : BLOCKS - 1;
+    uint4 eight = __ldg(reinterpret_cast<const uint4*>(x + ((long long)row * BLOCKS + block) * kBlock) + part);
+#if BITS == 4
+    eight = make_uint4(__byte_perm(eight.x, eight.z, 0x5410), __byte_perm(eight.x, eight.z, 0x7632),
+                       __byte_perm(eight.y, eight.w, 0x5410), __byte_perm(eight.y, eight.w, 0x7632));
+#endif
+    shared[index] = eight;
+  }
+  __syncthreads();
+
+  float sums[TILES][ROW_TILES][4] = {};
+  const auto multiply_step = [&](int step, const Weights& given) {
+    const uint4* source = shared + (step - begin) * ROW_TILES * 128 + lane;
+    u32 scale[TILES * 2];
+#pragma unroll
+    for (int tile = 0; tile < TILES * 2; ++tile) scale[tile] = given.scales[tile] * 0x10001u;
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {  // eight of the lane's inputs
+      uint4 right[ROW_TILES];
+#pragma unroll
+      for (int tile = 0; tile < ROW_TILES; ++tile) right[tile] = source[(tile * 4 + part) * 32];
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile) {
+        u32 upper[4], lower[4];
+#if BITS == 4
+        unpack4(word_of(given.values[tile * 2][0], part), scale[tile * 2], upper);
+        unpack4(word_of(given.values[tile * 2 + 1][0], part), scale[tile * 2 + 1], lower);
+#else
+#pragma unroll
+        for (int word = 0; word < 2; ++word) {
+          const int index = (part & 1) * 2 + word;
+          unpack8(word_of(given.values[tile * 2][part / 2], index), scale[tile * 2], upper + word * 2);
+          unpack8(word_of(given.values[tile * 2 + 1][part / 2], index), scale[tile * 2 + 1], lower + word * 2);
+        }
+#endif
+#pragma unroll
+        for (int of_rows = 0; of_rows < ROW_TILES; ++of_rows) {
+          multiply(sums[tile][of_rows], upper[0], lower[0], upper[1], lower[1], right[of_rows].x, right[of_rows].y);
+          multiply(sums[tile][of_rows], upper[2], lower[2], upper[3], lower[3], right[of_rows].z, right[of_rows].w);
+        }
+      }
+    }
+  };
+  for (int base = begin + along; base < end; base += ALONG * AHEAD) {
+#pragma unroll
+    for (int stage = 0; stage < AHEAD; ++stage) {
+      const int step = base + stage * ALONG;
+      if (step < end) {
+        multiply_step(step, ring[stage]);
+        fetch(step + ALONG * AHEAD, ring[stage]);
+      }
+    }
+  }
+  __syncthreads();
+
+  // The warps along the input, added up in their order.
+  float* const added = reinterpret_cast<float*>(shared);  // [ALONG][kRows][kOutputs]
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+    for (int of_rows = 0; of_rows < ROW_TILES; ++of_rows)
+#pragma unroll
+      for (int index = 0; index < 4; ++index) {
+        const int row = of_rows * 8 + place * 2 + (index & 1);
+        const int output = (across * TILES + tile) * 16 + group + (index & 2) * 4;
+        added[(along * kRows + row) * kOutputs + output] = sums[tile][of_rows][index];
+      }
+  __syncthreads();
+  for (int index = threadIdx.x; index < kRows * kOutputs; index += kThreads) {
+    const int row = index / kOutputs, output = blockIdx.x * kOutputs + index % kOutputs;
+    if (row >= rows || output >= OUTPUTS) continue;
+    float sum = 0;
+#pragma unroll
+    for (int of_warp = 0; of_warp < ALONG; ++of_warp) sum += added[of_warp * kRows * kOutputs + index];
+    if (PARTS == 1)
+      y[(long long)row * OUTPUTS + output] = half_of(sum);
+    else
+      partial[((long long)blockIdx.y * kRows + row) * OUTPUTS + output] = sum;
+  }
+  if (PARTS == 1) return;
+
+  // Who comes last adds up the parts of the input, in their order.
+  __shared__ int last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(&tickets[blockIdx.x], 1) == PARTS - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  for (int index = threadIdx.x; index < kRows * kOutputs; index += kThreads) {
+    const int row = index / kOutputs, output = blockIdx.x * kOutputs + index % kOutputs;
+    if (row >= rows || output >= OUTPUTS) continue;
+    float sum = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part)
+      sum += __ldcg(&partial[((long long)part * kRows + row) * OUTPUTS + output]);
+    y[(long long)row * OUTPUTS + output] = half_of(sum);
+  }
+  if (threadIdx.x == 0) tickets[blockIdx.x] = 0;
+}

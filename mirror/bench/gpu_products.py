@@ -1,0 +1,149 @@
+"""Products with int4 and int8 weights on a GPU, by rows: `python -m mirror.bench.gpu_products --out FILE`.
+
+Sessions of ONNX Runtime with some matrices of one size each, replayed as CUDA graphs, so that launching costs nothing
+and no matrix is found in the GPU's cache. Beside mirror's own kernels: ONNX Runtime's, its other ones for few rows
+(`fpa_intb`), and float16 weights.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+
+from mirror.bench.provenance import provenance
+from mirror.targets.cuda import PROVIDER
+from mirror.targets.kernel_library import LIBRARY, products_missing
+
+BLOCK = 32
+ARMS = ("own", "onnxruntime", "fpa_intb", "fp16")
+# Of a 14B model: q, k and v as one, attention's output, gate and up as one, down, and the LM head.
+SIZES = "7168x5120,5120x5120,34816x5120,5120x17408,151936x5120"
+_ENOUGH_BYTES = 300_000_000  # of matrices: more than a GPU's cache holds
+_ORT = "com.microsoft"
+
+
+def random_weights(outputs: int, inputs: int, bits: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Return blocks, uint8 `[outputs, inputs / 32, 4 * bits]`, and scales, float16 `[outputs, inputs / 32]`."""
+    generator = np.random.default_rng(seed)
+    blocks = generator.integers(0, 256, (outputs, inputs // BLOCK, 4 * bits), dtype=np.uint8)
+    scales = generator.uniform(0.001, 0.01, (outputs, inputs // BLOCK)).astype(np.float16)
+    return blocks, scales
+
+
+def product_model(weights: Sequence[tuple[NDArray[np.uint8], NDArray[np.float16]]], bits: int) -> bytes:
+    """Return a graph that multiplies x, float16 `[1, rows, inputs]`, with each matrix: y0, y1, .."""
+    nodes, tensors, outputs = [], [], []
+    for index, (blocks, scales) in enumerate(weights):
+        rows, count, _ = blocks.shape
+        tensors += [
+            helper.make_tensor(f"b{index}", TensorProto.UINT8, blocks.shape, blocks.tobytes(), raw=True),
+            helper.make_tensor(f"s{index}", TensorProto.FLOAT16, scales.shape, scales.tobytes(), raw=True),
+        ]
+        facts = {"K": count * BLOCK, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+        names = ["x", f"b{index}", f"s{index}"]
+        nodes.append(helper.make_node("MatMulNBits", names, [f"y{index}"], domain=_ORT, **facts))
+        outputs.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT16, [1, "rows", rows]))
+    return _model(nodes, tensors, outputs, weights[0][0].shape[1] * BLOCK)
+
+
+def _half_model(sizes: tuple[int, int], copies: int) -> bytes:
+    outputs, inputs = sizes
+    generator = np.random.default_rng(0)
+    nodes, tensors, values = [], [], []
+    for index in range(copies):
+        data = generator.standard_normal((inputs, outputs), np.float32).astype(np.float16)
+        tensors.append(helper.make_tensor(f"w{index}", TensorProto.FLOAT16, data.shape, data.tobytes(), raw=True))
+        nodes.append(helper.make_node("MatMul", ["x", f"w{index}"], [f"y{index}"]))
+        values.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT16, [1, "rows", outputs]))
+    return _model(nodes, tensors, values, inputs)
+
+
+def _model(
+    nodes: Sequence[NodeProto], tensors: Sequence[TensorProto], outputs: Sequence[ValueInfoProto], inputs: int
+) -> bytes:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT16, [1, "rows", inputs])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_ORT, 1)]
+    graph = helper.make_graph(nodes, "products", [x], outputs, tensors)
+    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+
+
+def open_session(model: bytes, arm: str, *, recorded: bool = False) -> ort.InferenceSession:
+    """Return a session on the first GPU.
+
+    Args:
+        arm: whose kernels, one of `ARMS`.
+        recorded: whether its runs are replayed as a CUDA graph.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if arm == "own":
+        options.register_custom_ops_library(str(LIBRARY))
+    if arm == "fpa_intb":
+        options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
+    ort.preload_dlls()
+    provider = {"enable_cuda_graph": "1"} if recorded else {}
+    return ort.InferenceSession(model, options, providers=[(PROVIDER, provider)])
+
+
+def time_us(session: ort.InferenceSession, rows: int, replays: int = 30) -> float:
+    """Return the microseconds of one product, the fastest of five runs of replays."""
+    inputs, names = session.get_inputs()[0].shape[2], [output.name for output in session.get_outputs()]
+    x = np.random.default_rng(1).standard_normal((1, rows, inputs), np.float32).astype(np.float16)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(x, "cuda", 0))
+    for output in session.get_outputs():
+        value = ort.OrtValue.ortvalue_from_shape_and_type((1, rows, output.shape[2]), np.float16, "cuda", 0)
+        binding.bind_ortvalue_output(output.name, value)
+    for _ in range(3):
+        session.run_with_iobinding(binding)
+    best = float("inf")
+    for _ in range(5):
+        start_s = time.perf_counter()
+        for _ in range(replays):
+            session.run_with_iobinding(binding)
+        best = min(best, time.perf_counter() - start_s)
+    return 1e6 * best / replays / len(names)
+
+
+@click.command()
+@click.option("--sizes", default=SIZES, show_default=True, help="Outputs x inputs, comma-separated.")
+@click.option("--rows", "row_counts", default="1,8,16,64", show_default=True)
+@click.option("--bits", "bit_counts", default="4,8", show_default=True)
+@click.option("--arms", default=",".join(ARMS), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=None)
+def main(sizes: str, row_counts: str, bit_counts: str, arms: str, out: Path | None) -> None:
+    """Time products on the first GPU."""
+    if "own" in arms and (missing := products_missing()):
+        raise click.ClickException(f"there are no kernels of mirror's own: {missing}")
+    results = []
+    for size in sizes.split(","):
+        outputs, inputs = map(int, size.split("x"))
+        for bits in map(int, bit_counts.split(",")):
+            copies = -(-_ENOUGH_BYTES * 8 // (outputs * inputs * bits))
+            one = random_weights(outputs, inputs, bits, seed=0)
+            model = product_model([one] * copies, bits)
+            for arm in arms.split(","):
+                if arm == "fp16" and bits != 4:
+                    continue
+                given = _half_model((outputs, inputs), max(1, copies // 4)) if arm == "fp16" else model
+                for rows in map(int, row_counts.split(",")):
+                    # A recording is of one shape.
+                    us = round(time_us(open_session(given, arm, recorded=True), rows), 1)
+                    results.append(
+                        {"size": size, "bits": 16 if arm == "fp16" else bits, "arm": arm, "rows": rows, "us": us}
+                    )
+                    click.echo(json.dumps(results[-1]))
+    if out is not None:
+        out.write_text(json.dumps({**provenance("mirror.bench.gpu_products"), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
