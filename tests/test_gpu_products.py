@@ -49,12 +49,11 @@ def test_a_package_built_without_them_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_the_kernel_compiles_for_every_kind_of_gpu(architecture: str, bits: int, sizes: tuple[int, int]) -> None:
     """NVRTC needs no GPU."""
     outputs, blocks = sizes
-    facts = {"BITS": bits, "TILES": 2, "ACROSS": 4, "ALONG": 2, "AHEAD": 1, "MIN_BLOCKS": 2, "PARTS": 3}
+    facts = {"BITS": bits, "TILES": 2, "ACROSS": 2, "ALONG": 8, "AHEAD": 1, "MIN_BLOCKS": 1, "PARTS": 3}
     for row_tiles in (1, 2):
         given = {**facts, "ROW_TILES": row_tiles, "OUTPUTS": outputs, "BLOCKS": blocks}
         log = _compiled(architecture, given)
-        if bits == 4 and architecture.startswith("sm"):
-            assert " 0 bytes spill stores" in log
+        assert "bytes spill stores" not in log or " 0 bytes spill stores" in log
 
 
 def _compiled(architecture: str, facts: dict[str, int]) -> str:

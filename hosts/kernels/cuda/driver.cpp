@@ -12,7 +12,6 @@ enum Attribute : int {
   kMultiprocessors = 16,
   kMajor = 75,
   kMinor = 76,
-  kSharedOfMultiprocessor = 81,
   kSharedOfBlock = 97,
 };
 constexpr int kMostDynamicShared = 8;  // attribute of a function
@@ -136,7 +135,6 @@ Gpu current_gpu() {
   gpu.major = attribute(gpu.index, kMajor);
   gpu.minor = attribute(gpu.index, kMinor);
   gpu.multiprocessors = attribute(gpu.index, kMultiprocessors);
-  gpu.shared_bytes = attribute(gpu.index, kSharedOfMultiprocessor);
   gpu.shared_of_block = attribute(gpu.index, kSharedOfBlock);
   return gpu;
 }

@@ -14,10 +14,9 @@ using Address = unsigned long long;  // in a GPU's memory
 // What a GPU can do, of the calling thread's context.
 struct Gpu {
   int index = -1;
-  int major = 0, minor = 0;   // compute capability
+  int major = 0, minor = 0;  // compute capability
   int multiprocessors = 0;
-  int shared_bytes = 0;       // of a multiprocessor
-  int shared_of_block = 0;    // the most that a thread block may ask for
+  int shared_of_block = 0;  // bytes, the most that a thread block may ask for
 };
 
 // Why there is no driver or no NVRTC; empty where there are both.

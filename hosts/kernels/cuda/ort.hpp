@@ -32,6 +32,7 @@ enum Function : std::size_t {
   kKernelInfoGetAttributeInt64 = 86,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
+  kReleaseStatus = 93,
   kReleaseTensorTypeAndShapeInfo = 99,
   kKernelContextGetGpuComputeStream = 193,
   kCreateOpAttr = 211,

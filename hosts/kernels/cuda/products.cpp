@@ -33,7 +33,7 @@ constexpr int kStep = 4;              // blocks
 constexpr int kStepBytes = 2048;      // of shared memory, for eight rows
 constexpr int kFirstCapability = 8;   // copies and products that the kernels are made of
 // How a thread block is cut: see products.cu. Found by trying on an H200 (docs/log.md).
-constexpr int kTiles = 2, kAcross = 4, kAlong = 2, kAhead = 1, kBlocksAtOnce = 2;
+constexpr int kTiles = 2, kAcross = 2, kAlong = 8, kAhead = 1, kBlocksAtOnce = 1;
 constexpr int kOutputs = 16 * kTiles * kAcross;
 constexpr int kThreads = 32 * kAcross * kAlong;
 
@@ -44,13 +44,12 @@ struct Matrix {
   int steps() const { return (inputs / kBlock + kStep - 1) / kStep; }
 };
 
-// In how many parts the input is cut: enough thread blocks for the GPU, and rows that fit its shared memory. It depends
-// on matrix and GPU alone, since each number rounds otherwise.
+// In how many parts the input is cut: two thread blocks for each multiprocessor if there are enough steps, and rows that
+// fit its shared memory. It depends on matrix and GPU alone, since each number rounds otherwise.
 int parts_of(const Matrix& matrix, const Gpu& gpu) {
-  const int most_steps = std::min(gpu.shared_bytes / kBlocksAtOnce - 1024, gpu.shared_of_block / 2) / kStepBytes;
+  const int most_steps = gpu.shared_of_block / (kMostRows / 8) / kStepBytes;
   const int for_memory = (matrix.steps() + most_steps - 1) / most_steps;
-  const int at_once = kBlocksAtOnce * gpu.multiprocessors;
-  const int for_all = std::min(at_once / matrix.tiles(), matrix.steps() / (2 * kAlong));
+  const int for_all = std::min(2 * gpu.multiprocessors / matrix.tiles(), matrix.steps() / kAlong);
   return std::max({1, for_memory, for_all});
 }
 
@@ -163,12 +162,18 @@ class Product {
     for (std::size_t index = 0; index < given.size(); ++index)
       pass_on(api.call(kCreateOpAttr, given[index].first, static_cast<const void*>(&given[index].second), 1,
                        static_cast<int>(kIntAttribute), &attributes[index]));
+    // Versions of ONNX Runtime differ in what types their operator names.
     const std::array<const char*, 4> names = {"T1", "T2", "T3", "T4"};
-    const std::array<int, 4> types = {kFloat16, kUint8, kUint8, kInt32};
-    const Status made = api.call(kCreateOp, info, "MatMulNBits", "com.microsoft", 1, names.data(), types.data(), 4,
-                                 static_cast<const Handle*>(attributes.data()), static_cast<int>(given.size()),
-                                 static_cast<int>(inputs), 1,
-                                 &other_);
+    Status made = nullptr;
+    for (const int third : {kUint8, kFloat16}) {
+      const std::array<int, 4> types = {kFloat16, kUint8, third, kInt32};
+      for (int count = 4; count >= 2 && other_ == nullptr; --count) {
+        if (made != nullptr) api.release(kReleaseStatus, made);
+        made = api.call(kCreateOp, info, "MatMulNBits", "com.microsoft", 1, names.data(), types.data(), count,
+                        static_cast<const Handle*>(attributes.data()), static_cast<int>(given.size()),
+                        static_cast<int>(inputs), 1, &other_);
+      }
+    }
     for (const Handle attribute : attributes) api.release(kReleaseOpAttr, attribute);
     pass_on(made);
     gpu_ = current_gpu();

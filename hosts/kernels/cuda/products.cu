@@ -31,7 +31,6 @@ constexpr int kOutputs = 16 * TILES * ACROSS;  // of a thread block
 constexpr bool kEven = OUTPUTS % kOutputs == 0;
 constexpr int kRows = 8 * ROW_TILES;
 constexpr int kSteps = (BLOCKS + 3) / 4;
-constexpr int kMostSteps = (kSteps + PARTS - 1) / PARTS;  // of a thread block
 
 // What a lane needs of a step, of eight outputs at a time.
 struct Weights {
