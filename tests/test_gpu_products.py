@@ -17,7 +17,7 @@ from mirror.targets import cuda, kernel_library
 SOURCE = Path(__file__).parents[1] / "hosts" / "kernels" / "cuda" / "products.cu"
 # Outputs that no thread block divides, inputs that no step does, parts of the input, and a matrix of a real model.
 SIZES = [(40, 64), (1000, 576), (576, 1536), (2048, 5120)]
-MOST_ROWS = 16
+OWN_ROWS = range(2, 17)  # ONNX Runtime takes the others
 
 
 def test_without_a_driver_the_library_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,16 +94,16 @@ def test_products_are_those_of_the_matrix_and_independent_of_a_rows_place(sizes:
     model = product_model([(blocks, scales)] * 2, bits)
     session, other = open_session(model, "own"), open_session(model, "onnxruntime")
     generator = np.random.default_rng(4)
-    for rows in (1, 2, 8, 11, MOST_ROWS, MOST_ROWS + 1, 100):
+    for rows in (1, 2, 8, 11, 16, 17, 100):
         x = generator.standard_normal((1, rows, sizes[1]), np.float32).astype(np.float16)
         first, second = session.run(None, {"x": x})
         expected = x[0].astype(np.float32) @ _dequantised(blocks, scales, bits).T
         largest = np.abs(expected).max()
         np.testing.assert_allclose(first[0], expected, rtol=0, atol=2e-3 * largest)
         np.testing.assert_array_equal(first, second)
-        if rows > MOST_ROWS:
+        if rows not in OWN_ROWS:
             np.testing.assert_array_equal(first, other.run(["y0"], {"x": x})[0])
+            continue
         for row in (0, rows - 1):
-            alone = session.run(["y0"], {"x": x[:, row : row + 1]})[0]
-            if rows <= MOST_ROWS:
-                np.testing.assert_array_equal(alone[0, 0], first[0, row])
+            twice = session.run(["y0"], {"x": x[:, [row, row]]})[0]
+            np.testing.assert_array_equal(twice[0], first[0, [row, row]])

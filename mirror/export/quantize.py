@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from mirror.export.weights import WeightFile
 BLOCK = 32
 ACCURACY_LEVEL = 4
 ORT = "com.microsoft"
+_ROWS_AT_ONCE = 256
 # Routers pick experts by small differences; they stay in floating point.
 _KEPT = (".gate.weight", ".router.weight", "router.classifier.weight")
 
@@ -110,8 +112,15 @@ def _quantise(weight: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8]
             DefaultWeightOnlyQuantizer,
         )
     config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL, bits=bits)
-    blocks, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weight.T))
-    return blocks, scales.reshape(weight.shape[0], -1)
+
+    def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        blocks, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(rows.T))
+        return blocks, scales.reshape(rows.shape[0], -1)
+
+    # Most of the time goes into turning matrices, which threads do side by side, and caches like in parts.
+    with ThreadPoolExecutor() as pool:
+        parts = list(pool.map(quantise, np.array_split(weight, -(-weight.shape[0] // _ROWS_AT_ONCE))))
+    return np.concatenate([blocks for blocks, _ in parts]), np.concatenate([scales for _, scales in parts])
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from mirror.plan.work import ModelWork
 TOLERANCE = 0.15
 _STEP = "docs/results/step-14b-h100.json"
 _H200 = "one H200 with 16 Intel cores, measured before there were result files; Qwen3-14B's shape, fp16"
+_INT4 = "docs/results/rounds-14b-int4-cpu.json: plain rounds, by mirror's own kernels"
 _RUN = "https://github.com/openvinotoolkit/openvino/discussions/36484"
 
 
@@ -89,8 +90,11 @@ def h200() -> Iterator[Check]:
     def check(what: str, predicted: float, known: float, kind: Kind = Kind.CHECKED) -> Check:
         return Check(f"H200: {what}", predicted, known, "ms", kind, _H200)
 
+    quantised = Part(read_shape("qwen3-14b").work(STORAGE["int4-fp16"]), box.device("cuda:0"), box, draft=False)
+    lower, _, upper = _step(quantised, 300)
     yield check("prefix with its exit head", prefix.ms + head.ms, 4.93, Kind.FITTED)
     yield check("suffix", suffix.ms, 4.89)
+    yield Check("H200: int4-fp16, step without an exit head", lower.ms + upper.ms, 4.92, "ms", Kind.CHECKED, _INT4)
     yield check("0.6B int8 draft on the CPU, a token", _draft_time(large, box, "openvino:CPU", 1).ms, 16.5, Kind.FITTED)
     for rows, alone, beside, kind in ((8, 2.5, 5.21, Kind.CHECKED), (64, 4.15, 5.87, Kind.FITTED)):
         timed = _draft_time(draft, box, "openvino:CPU", rows)

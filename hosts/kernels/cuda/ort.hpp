@@ -18,6 +18,8 @@ using Status = void*;  // null where all is well
 enum ElementType : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum AttributeType : int { kIntAttribute = 1 };
+enum MemoryType : int { kDefaultMemory = 0 };
+enum ErrorCode : int { kRuntimeException = 6 };
 
 // Places in the table of functions.
 enum Function : std::size_t {

@@ -17,6 +17,8 @@
 // products.cu as it stands, ended by a zero.
 __asm__(
     ".pushsection .rodata\n"
+    ".globl mirror_products_source\n"
+    ".hidden mirror_products_source\n"
     "mirror_products_source:\n"
     ".incbin \"" MIRROR_PRODUCTS_SOURCE
     "\"\n"
@@ -28,7 +30,7 @@ namespace mirror_products {
 namespace {
 
 constexpr int kBlock = 32;
-constexpr int kMostRows = 16;
+constexpr int kFewestRows = 2, kMostRows = 16;  // ONNX Runtime multiplies one row in less time
 constexpr int kStep = 4;              // blocks
 constexpr int kStepBytes = 2048;      // of shared memory, for eight rows
 constexpr int kFirstCapability = 8;   // copies and products that the kernels are made of
@@ -128,8 +130,7 @@ void pass_on(Status status) {
 }
 
 Status status_of(const Api& api, const std::string& words) {
-  constexpr int runtime_exception = 6;
-  return api.call(kCreateStatus, runtime_exception, words.c_str());
+  return api.call(kCreateStatus, static_cast<int>(kRuntimeException), words.c_str());
 }
 
 template <typename Function>
@@ -152,7 +153,7 @@ class Product {
     const int block = number(info, "block_size");
     std::size_t inputs = 0;
     pass_on(api.call(kKernelInfoGetInputCount, info, &inputs));
-    // What a pass with many rows runs, or a matrix of another kind.
+    // What a pass of one row runs, or of many, or with a matrix of another kind.
     const std::array<std::pair<const char*, std::int64_t>, 5> given = {{{"K", matrix_.inputs},
                                                                         {"N", matrix_.outputs},
                                                                         {"bits", matrix_.bits},
@@ -196,7 +197,7 @@ class Product {
     pass_on(api_.call(kKernelContextGetOutput, context, std::size_t{0}, static_cast<const std::int64_t*>(shape.data()),
                       shape.size(), &y));
     if (rows == 0) return;
-    if (known_ && rows <= kMostRows)
+    if (known_ && kFewestRows <= rows && rows <= kMostRows)
       multiply(context, x, y, static_cast<int>(rows));
     else
       invoke_other(context, y);
@@ -287,7 +288,7 @@ const CustomOp& operation() {
       return static_cast<int>(index < 3 ? kRequired : kOptional);
     };
     op.get_output_characteristic = [](const CustomOp*, std::size_t) { return static_cast<int>(kRequired); };
-    op.get_input_memory_type = [](const CustomOp*, std::size_t) { return 0; };
+    op.get_input_memory_type = [](const CustomOp*, std::size_t) { return static_cast<int>(kDefaultMemory); };
     op.get_variadic_input_arity = [](const CustomOp*) { return 1; };
     op.get_variadic_input_homogeneity = [](const CustomOp*) { return 1; };
     op.get_variadic_output_arity = [](const CustomOp*) { return 1; };
@@ -307,7 +308,7 @@ const char* mirror_products_missing() {
   return missing.empty() ? nullptr : missing.c_str();
 }
 
-void* RegisterCustomOps(void* options, const void* api_base) {
+void* mirror_products_register(void* options, const void* api_base) {
   using namespace mirror_products;
   const Api* api = static_cast<const ApiBase*>(api_base)->get_api(kApiVersion);
   if (const char* missing = mirror_products_missing()) return status_of(*api, missing);
@@ -326,3 +327,7 @@ void* RegisterCustomOps(void* options, const void* api_base) {
     pass_on(api->call(kAddCustomOpDomain, options, domain));
   });
 }
+
+#if !defined(MIRROR_KERNELS_STATIC)
+void* RegisterCustomOps(void* options, const void* api_base) { return mirror_products_register(options, api_base); }
+#endif
