@@ -24,6 +24,7 @@ _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"
 # Each file runs on CPUs that have what it is compiled for, and is asked for on no other.
 _FLAGS = {
     "draft_pass.cpp": [],
+    "choice.cpp": [],
     "avx2.cpp": ["-mavx2", "-mfma", "-mavxvnni"],
     "avx512.cpp": _AVX512,
     "amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],

@@ -180,7 +180,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "CudaStream", _NoStream)
     monkeypatch.setattr(cuda, "driver_gpus", lambda: ("NVIDIA A", "NVIDIA B"))
     monkeypatch.setattr(ort, "get_available_providers", lambda: [cuda.PROVIDER, "CPUExecutionProvider"])
-    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    monkeypatch.setattr(ort, "preload_dlls", lambda **_: None)
 
 
 @pytest.mark.skipif(cuda.cuda_missing() is None, reason="this machine has a GPU")

@@ -111,6 +111,13 @@ def test_cpp_runs_drafts_by_kernels(cpp: Path, drafted: Path) -> None:
     passes([cpp / "mirror_program", drafted])
 
 
+def test_cpp_knows_the_kernels_for_gpus(cpp: Path, bundles: Path) -> None:
+    """As far as a machine without a GPU can tell: what is missing is said, and sessions take the operator."""
+    passes([cpp / "mirror_gpu_products"])
+    if sys.platform == "linux":
+        passes([cpp / "mirror_gpu_products", cpp / "stand_ins", bundles])
+
+
 def test_both_hosts_draft_by_the_same_kernels(cpp: Path, drafted: Path) -> None:
     """Where this package has kernels, so has the library: drafts are then right as often in both, to the token."""
     settings = {"mode": mode_number("serial"), "threads": "1", "tokens": "60"}
@@ -129,7 +136,7 @@ def test_the_c_surface(cpp: Path, bundles: Path) -> None:
     passes([cpp / "mirror_c_api", bundles])
 
 
-SANITIZED = ("mirror_vectors", "mirror_faults", "mirror_kernels", "mirror_program")
+SANITIZED = ("mirror_vectors", "mirror_faults", "mirror_kernels", "mirror_program", "mirror_gpu_products")
 
 
 @pytest.fixture(scope="module", params=["address,undefined", "thread"])
@@ -146,6 +153,8 @@ def test_sanitizers_find_nothing(sanitized: Path, bundles: Path, drafted: Path, 
     """No suppressions: ONNX Runtime itself is not instrumented, and nothing is said of it."""
     halt = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
     arguments = {"mirror_vectors": [FOLDER, bundles], "mirror_faults": [bundles], "mirror_program": [drafted]}
+    if sys.platform == "linux":
+        arguments["mirror_gpu_products"] = [sanitized / "stand_ins", bundles]
     passes([sanitized / program, *arguments.get(program, [])], halt)
 
 

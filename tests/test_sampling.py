@@ -2,19 +2,22 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mirror
 from mirror.errors import DeviceError, RequestError
 from mirror.runtime import sampling
 from mirror.runtime.contenders import Peaks
 from mirror.runtime.noise import PICK_TOKEN, TAIL_TOKEN, gumbel, philox, uniforms
 from mirror.runtime.records import Floats
 from mirror.runtime.sampling import Kept, Sampler, SamplingParams, draw, process
-from tests.lookup import chi_square, chi_square_limit, random_table, softmax
+from mirror.targets import row_chooser
+from tests.lookup import Lookup, LookupBundle, chi_square, chi_square_limit, random_table, softmax, write_bundle
 
 NO_CONTEXT = np.zeros(0, np.int64)
 FALSE_ALARM = 1e-7
@@ -122,11 +125,31 @@ def test_greedy_takes_the_lowest_id_on_ties_and_minds_the_penalty() -> None:
     assert sampler.choose(np.array([1, 4, 4, 2.5], np.float32), 0) == 3
 
 
+@pytest.mark.parametrize("by", ["numpy", "library"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("size", "place"), [(3, 1), (100, 64), (100, 99)])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_logits_that_are_not_finite_are_an_error(temperature: float, bad: float) -> None:
-    with pytest.raises(DeviceError, match="greatest logit"):
-        Sampler(SamplingParams(temperature), 3, NO_CONTEXT).choose(np.array([0, bad, 1], np.float32), 0)
+def test_logits_that_are_not_finite_are_an_error(
+    temperature: float, bad: float, size: int, place: int, by: str
+) -> None:
+    logits = np.zeros(size, np.float32)
+    logits[place] = bad
+    with pytest.raises(DeviceError, match=f"greatest logit is {bad}"):
+        _sampler(SamplingParams(temperature), size, NO_CONTEXT, by).choose(logits, 0)
+    if temperature > 0.0:
+        with pytest.raises(DeviceError, match="greatest logit is -inf"):
+            _sampler(SamplingParams(temperature), size, NO_CONTEXT, by).choose(np.full(size, -np.inf, np.float32), 0)
+
+
+def _sampler(params: SamplingParams, vocab_size: int, context: np.ndarray, by: str) -> Sampler:
+    """Return a sampler that draws in numpy, or by the package's library where that is built."""
+    if by == "numpy" or params.temperature == 0.0:
+        return Sampler(params, vocab_size, context)
+    law = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+    choose_row = row_chooser(**law)
+    if choose_row is None:
+        pytest.skip("mirror's kernels were not built")
+    return Sampler(params, vocab_size, context, choose_row)
 
 
 @pytest.mark.parametrize(
@@ -263,28 +286,31 @@ _LAWS = [
 ]
 
 
+@pytest.mark.parametrize("by", ["numpy", "library"])
 @pytest.mark.parametrize("temperature", [1e-40, 0.3, 1.0, 4.0, 1e300])
 @pytest.mark.parametrize("law", _LAWS, ids=str)
-def test_shortcuts_change_no_choice(law: dict[str, float], temperature: float) -> None:
+def test_shortcuts_change_no_choice(law: dict[str, float], temperature: float, by: str) -> None:
     """Bounds in float32 and searches by blocks save time; the token is that of the whole row, worked through."""
     params = SamplingParams(temperature, seed=3, **law)  # type: ignore[arg-type]
     for name, logits in _odd_rows():
         context = np.arange(0, logits.size, 3)
         seen = np.zeros(logits.size, np.bool_)
         seen[context] = True
-        sampler = Sampler(params, logits.size, context)
+        sampler = _sampler(params, logits.size, context, by)
         for position in range(4):
             expected = _plain_choice(logits, params, seen, position)
             with np.errstate(over="raise", invalid="raise"):
                 assert sampler.choose(logits, position) == expected, (name, logits.size, position)
 
 
-def test_a_tail_that_wins_is_drawn_from_as_the_whole_row_would() -> None:
+@pytest.mark.parametrize("by", ["numpy", "library"])
+def test_a_tail_that_wins_is_drawn_from_as_the_whole_row_would(by: str) -> None:
     """Most of the mass is past the head here, so most draws go all the way."""
     logits = (np.random.default_rng(1).standard_normal(20_011) * 0.5).astype(np.float32)
     params, seen = SamplingParams(1.0, seed=9), np.zeros(logits.size, np.bool_)
     head = set(np.argsort(-logits)[: sampling.HEAD_TOKENS].tolist())
-    chosen = [Sampler(params, logits.size, NO_CONTEXT).choose(logits, position) for position in range(40)]
+    sampler = _sampler(params, logits.size, NO_CONTEXT, by)
+    chosen = [sampler.choose(logits, position) for position in range(40)]
     assert chosen == [_plain_choice(logits, params, seen, position) for position in range(40)]
     assert sum(token in head for token in chosen) < 20
 
@@ -294,18 +320,22 @@ def test_top_p_within_the_error_of_float32_is_settled_in_float64(nudge: float, k
     logits = np.full(8_192, -3.3, np.float32)
     logits[100:150] = 0
     mass = np.exp(logits.astype(np.float64)).sum()
-    law = process(logits, SamplingParams(1.0, top_p=25 / mass * (1 + nudge)), None)
-    assert law.ids.tolist() == list(range(100, 100 + kept))
+    params = SamplingParams(1.0, top_p=25 / mass * (1 + nudge))
+    assert process(logits, params, None).ids.tolist() == list(range(100, 100 + kept))
+    sampler = _sampler(params, logits.size, NO_CONTEXT, "library")
+    drawn = {sampler.choose(logits, position) for position in range(1_000)}
+    assert drawn == set(range(100, 100 + kept))
 
 
-def test_a_row_of_one_head_and_no_tail_has_no_tail_to_lose_to() -> None:
+@pytest.mark.parametrize("by", ["numpy", "library"])
+def test_a_row_of_one_head_and_no_tail_has_no_tail_to_lose_to(by: str) -> None:
     """Each of the 256 tokens stands in a block of its own, and the tail's noise is as great as it hardly ever is."""
     logits = np.full(16_384, -np.inf, np.float32)
     logits[:256] = np.linspace(0, 0.1, 256)
     noise = uniforms(3, np.arange(200_000), np.full(200_000, TAIL_TOKEN))
     position = int(np.argmax(noise))
     expected = _plain_choice(logits, SamplingParams(1.0, seed=3), np.zeros(16_384, np.bool_), position)
-    assert Sampler(SamplingParams(1.0, seed=3), 16_384, NO_CONTEXT).choose(logits, position) == expected
+    assert _sampler(SamplingParams(1.0, seed=3), 16_384, NO_CONTEXT, by).choose(logits, position) == expected
 
 
 def test_the_whole_row_is_left_alone_where_the_head_is_sure_to_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,3 +345,19 @@ def test_the_whole_row_is_left_alone_where_the_head_is_sure_to_win(monkeypatch: 
     monkeypatch.setattr(Peaks, "mass", lambda peaks: pytest.fail("the row's exponentials were taken"))
     sampler = Sampler(SamplingParams(1.0, seed=9), logits.size, NO_CONTEXT)
     assert {sampler.choose(logits, position) for position in range(20)} == {3, 7_000}
+
+
+def test_an_answer_is_the_same_with_and_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = write_bundle(tmp_path / "bundle", LookupBundle(Lookup(random_table(1, 600, 23))))
+    if row_chooser(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) is None:
+        pytest.skip("mirror's kernels were not built")
+    answers = []
+    for kernels in ("", "off"):
+        monkeypatch.setenv("MIRROR_KERNELS", kernels)
+        with mirror.load(bundle, mode="plain", threads=1) as engine:
+            for law in ({}, {"top_p": 0.9}, {"top_k": 30, "repetition_penalty": 1.2}):
+                answers.append(
+                    engine.generate_tokens([1, 2, 3], max_new_tokens=40, temperature=1.3, seed=5, **law).tokens
+                )
+    assert answers[:3] == answers[3:]
+    assert len(set(answers[:3])) == 3

@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define MIRROR_KERNELS_VERSION 1
+#define MIRROR_KERNELS_VERSION 2
 
 /* A linear layer: int8 values [in, out], float32 scales [out], float32 bias [out] or null. */
 typedef struct {

@@ -26,7 +26,7 @@ from mirror.runtime.memory import check_room
 from mirror.runtime.options import EngineOptions, GenerationOptions
 from mirror.runtime.records import Event, FinishReason, Ints, Lane, Mode
 from mirror.runtime.result import Answer, Result, Stream, Streamer
-from mirror.runtime.sampling import Sampler, SamplingParams, coupled
+from mirror.runtime.sampling import ChooseRow, Sampler, SamplingParams, coupled
 from mirror.runtime.sequence import Sequence
 from mirror.runtime.statistics import PromptFacts, summarise
 from mirror.runtime.stopping import Stopping
@@ -346,7 +346,7 @@ class Engine:
             self._target,
             None if seat is not None and seat.lost is not None else seat,
             self._sequence,
-            Sampler(options.sampling, self.manifest.model.vocab_size, prompt),
+            Sampler(options.sampling, self.manifest.model.vocab_size, prompt, _drawn_by(options.sampling)),
             Stopping(
                 self.manifest.tokens.eos, options.max_new_tokens, answer.watch if answer.text is not None else None
             ),
@@ -534,6 +534,21 @@ def _stops(stop: ListLike[str]) -> tuple[str, ...]:
     if isinstance(stop, str):
         raise RequestError(f"stop is the string {stop!r}; pass a list of strings")
     return tuple(stop)
+
+
+def _drawn_by(params: SamplingParams) -> ChooseRow | None:
+    """Return what draws an answer's tokens in numpy's place; None where it is greedy, or there is no such library."""
+    if params.temperature == 0.0:
+        return None
+    from mirror.targets import row_chooser
+
+    return row_chooser(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        seed=params.seed,
+    )
 
 
 def _as_sink(streamer: Streamer | None) -> tuple[Callable[[str], bool | None], Callable[[], None]]:

@@ -7,6 +7,7 @@ order and with the conventions of transformers, then a draw by Gumbel noise that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -355,11 +356,25 @@ class LogitRows(Protocol):
         ...
 
 
-class Sampler:
-    """Chooses tokens of one sequence; remembers which tokens the context holds, if that matters."""
+# Draws a token from a row of logits, float32 [vocab], at a position, as `sample` does without its penalties; -1 where
+# the greatest logit is no finite number.
+ChooseRow = Callable[[Floats, int], int]
 
-    def __init__(self, params: SamplingParams, vocab_size: int, context: Ints) -> None:
+
+class Sampler:
+    """Chooses tokens of one sequence; remembers which tokens the context holds, if that matters.
+
+    Args:
+        vocab_size: the tokens that a context may hold.
+        context: int64 [n], those that it holds at first.
+        choose_row: what draws in `sample`'s place, by the same law; None for `sample`.
+    """
+
+    def __init__(
+        self, params: SamplingParams, vocab_size: int, context: Ints, choose_row: ChooseRow | None = None
+    ) -> None:
         self._params = params
+        self._choose_row = choose_row
         self._as_it_is = params.temperature == 0.0 and params.repetition_penalty == 1.0
         self._seen: NDArray[np.bool_] | None = None
         if params.repetition_penalty != 1.0:
@@ -394,8 +409,13 @@ class Sampler:
             token = int(np.argmax(scores))
             _check_finite(float(scores[token]))
             return token
-        _check_finite(float(logits.max()))
-        return sample(logits, params, self._seen, position)
+        if self._choose_row is None:
+            _check_finite(float(logits.max()))
+            return sample(logits, params, self._seen, position)
+        token = self._choose_row(penalised(logits, params.repetition_penalty, self._seen), position)
+        if token < 0:
+            _check_finite(float(logits.max()))
+        return token
 
     def see(self, token: int) -> None:
         """Note that the context now holds a token."""

@@ -1,8 +1,8 @@
 """The library of this package's own kernels, through its C interfaces (`hosts/kernels`).
 
 It is built with the package where there is a C++ compiler. It runs a draft's pass in one call on x86 CPUs with 8-bit
-dot products (AVX-VNNI, AVX-512 VNNI, AMX), and holds an operator that multiplies a few rows with int4 and int8 weights
-on NVIDIA GPUs. This module knows ctypes; nothing else does.
+dot products (AVX-VNNI, AVX-512 VNNI, AMX), draws tokens from rows of logits, and holds an operator that multiplies a
+few rows with int4 and int8 weights on NVIDIA GPUs. This module knows ctypes; nothing else does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import ctypes
 import functools
 import os
 import weakref
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_int64, c_void_p
+from collections.abc import Callable
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int8, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ LIBRARY = Path(__file__).parent / "libmirror_kernels.so"
 VARIABLE = "MIRROR_KERNELS"  # of the environment: off, or one of `KERNELS`; the best that there is, if unset
 KERNELS = ("amx", "avx512", "avx2")
 
-_VERSION = 1
+_VERSION = 2
 _PRODUCTS = "mirror_products_missing"
 _KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "blocks_4": 3, "blocks_8": 4}
 
@@ -68,6 +69,14 @@ class _Facts(Structure):
     )
 
 
+class _Law(Structure):
+    _fields_ = (
+        *((name, c_double) for name in ("temperature", "top_p", "min_p")),
+        ("top_k", c_int64),
+        ("seed", c_uint64),
+    )
+
+
 class DraftPass(Structure):
     """One pass; pointers as `array.ctypes.data` gives them, to arrays that live until it has run."""
 
@@ -97,19 +106,23 @@ def _library() -> ctypes.CDLL | None:
     if not LIBRARY.is_file():
         return None
     library = ctypes.CDLL(str(LIBRARY))
+    if library.mirror_kernels_version() != _VERSION:
+        return None
     library.mirror_kernels_of.restype = c_char_p
     library.mirror_kernels_of.argtypes = [c_char_p]
     library.mirror_draft_open.restype = c_void_p
     library.mirror_draft_open.argtypes = [POINTER(_Facts), c_char_p]
     library.mirror_draft_team_open.restype = c_void_p
     library.mirror_draft_team_open.argtypes = [c_int32, c_int32]
+    library.mirror_choose.restype = c_int64
+    library.mirror_choose.argtypes = [c_void_p, c_int32, POINTER(_Law), c_int64]
     library.mirror_draft_run.argtypes = [c_void_p, c_void_p, POINTER(DraftPass)]
     if hasattr(library, _PRODUCTS):
         library.mirror_products_missing.restype = c_char_p
     for close in (library.mirror_draft_close, library.mirror_draft_team_close):
         close.restype = None
         close.argtypes = [c_void_p]
-    return library if library.mirror_kernels_version() == _VERSION else None
+    return library
 
 
 def kernels_here(wanted: str = "") -> str | None:
@@ -146,6 +159,30 @@ def chosen_kernels() -> str | None:
     return found
 
 
+def row_chooser(
+    *, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+) -> Callable[[Array, int], int] | None:
+    """Return what draws the token of a position from its logits, as docs/sampling.md says; None where it isn't built.
+
+    It takes float32 `[vocab]`, penalties applied, and an absolute position, and returns -1 where the greatest logit is
+    no finite number. Other threads run Python meanwhile.
+
+    Args:
+        temperature: above 0.
+        top_k, top_p, min_p, seed: as `runtime.sampling.SamplingParams` has them.
+    """
+    library = _library() if os.environ.get(VARIABLE, "").strip().lower() != "off" else None
+    if library is None:
+        return None
+    law = _Law(temperature, top_p, min_p, top_k, seed)
+
+    def choose(logits: Array, position: int) -> int:
+        row = np.ascontiguousarray(logits, np.float32)
+        return int(library.mirror_choose(row.ctypes.data, row.size, law, position))
+
+    return choose
+
+
 def products_missing() -> str | None:
     """Return why GPUs have no products of this package's own and what to do, None if they have.
 
@@ -161,11 +198,7 @@ def products_missing() -> str | None:
 
 
 def chosen_products() -> bool:
-    """Whether GPUs multiply by this package's own kernels: where they can, unless the environment's variable is `off`.
-
-    Raises:
-        DeviceError: the variable names what isn't here.
-    """
+    """Whether GPUs multiply by this package's own kernels: where they can, unless the variable is `off`."""
     return os.environ.get(VARIABLE, "").strip().lower() != "off" and products_missing() is None
 
 

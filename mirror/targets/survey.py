@@ -75,12 +75,16 @@ def _onnxruntime_version() -> str:
 
 
 def _cuda() -> tuple[DeviceInfo, ...]:
+    import onnxruntime
+
     from mirror.targets.cuda import cuda_missing, driver_gpus
     from mirror.targets.kernel_library import products_missing
 
     missing = cuda_missing()
     if missing is not None:
         return (DeviceInfo("cuda:0", False, reason=missing),)
+    # The libraries that come as Python packages.
+    onnxruntime.preload_dlls(cudnn=False)
     missing = products_missing()
     products = f"; int4 and int8 by ONNX Runtime alone: {missing}" if missing else "; int4 and int8 by mirror's kernels"
     version = _onnxruntime_version()

@@ -10,7 +10,7 @@
 #include "engine.hpp"
 #include "error.hpp"
 #include "mirror/mirror.h"
-#include "noise.hpp"
+#include "kernels/noise.hpp"
 
 // The function itself is for programs that were built before it was a macro.
 #undef mirror_load_options_init

@@ -9,6 +9,7 @@
 #include "cuda.hpp"
 #include "cuda_driver.hpp"
 #include "error.hpp"
+#include "gpu_products.hpp"
 #include "host_memory.hpp"
 #include "kernel_segment.hpp"
 #include "openvino_settings.hpp"
@@ -115,7 +116,7 @@ std::shared_ptr<Device> open_cpu() {
   Provider provider;
   provider.name = "CPUExecutionProvider";
   provider.int8_drafts = true;
-  return std::make_shared<CpuDevice>(provider, [](Ort::SessionOptions& options, int, int) {
+  return std::make_shared<CpuDevice>(provider, [](Ort::SessionOptions& options, const SegmentFacts&, int, int) {
     share_host_memory(options);
     // Sums of two 8-bit products would overflow 16 bits. The way around takes 1.6 times as long.
     if (!may_have_vnni()) options.AddConfigEntry("session.x64quantprecision", "1");
@@ -167,8 +168,10 @@ std::shared_ptr<Device> open_cuda(const DeviceName& name, Role role) {
   provider.sized_total = true;
   provider.stream = open_cuda_stream(index, role != Role::target, name.share);
   provider.free_memory = [name = provider.device, index] { return FreeMemory{name, cuda_driver().free_bytes(index)}; };
-  const auto configure = [index, stream = provider.stream](Ort::SessionOptions& options, int, int capacity) {
+  const auto configure = [index, stream = provider.stream](Ort::SessionOptions& options, const SegmentFacts& facts, int,
+                                                           int capacity) {
     use_cuda(options, index, stream->handle(), capacity);
+    if (takes_products(facts)) add_products(options);
   };
   return std::make_shared<SessionDevice>(provider, configure);
 }
@@ -189,7 +192,8 @@ std::shared_ptr<Device> openvino_device(const DeviceName& name, Role role, Ort::
     provider.free_memory = [device = provider.device] { return FreeMemory{device, std::nullopt}; };
   const CpuFacts cpu;
   const std::string precision = openvino_precision(name.unit, name.precision, role, cpu);
-  const auto configure = [unit = name.unit, precision, cpu, device](Ort::SessionOptions& options, int threads, int) {
+  const auto configure = [unit = name.unit, precision, cpu, device](Ort::SessionOptions& options, const SegmentFacts&,
+                                                                    int threads, int) {
     // Without this, nodes that the plugin leaves out would run on the CPU, unsaid.
     options.AddConfigEntry("session.disable_cpu_ep_fallback", "1");
     options.AppendExecutionProvider_V2(ort_environment(), {device},

@@ -36,11 +36,16 @@ std::int32_t number(Storage storage) {
 
 }  // namespace
 
-const char* chosen_kernels() {
+std::string wanted_kernels() {
   const char* said = std::getenv("MIRROR_KERNELS");
   std::string wanted;
   for (const char* letter = said == nullptr ? "" : said; *letter != 0; ++letter)
     if (*letter != ' ') wanted += static_cast<char>(std::tolower(static_cast<unsigned char>(*letter)));
+  return wanted;
+}
+
+const char* chosen_kernels() {
+  const std::string wanted = wanted_kernels();
   if (wanted == "off") return nullptr;
   if (!wanted.empty() && wanted != "amx" && wanted != "avx512" && wanted != "avx2")
     throw Error(ErrorKind::device,

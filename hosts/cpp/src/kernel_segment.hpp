@@ -2,11 +2,15 @@
 #pragma once
 
 #include <map>
+#include <string>
 #include <tuple>
 
 #include "device.hpp"
 
 namespace mirror {
+
+// What MIRROR_KERNELS in the environment says, in small letters; empty where it isn't set.
+std::string wanted_kernels();
 
 // What drafts that have a program run with, amx, avx512 or avx2: the best that this CPU has, or what MIRROR_KERNELS in
 // the environment names. Null where it says off, or there are no kernels for this CPU.

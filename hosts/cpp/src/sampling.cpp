@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <sstream>
 
 #include "error.hpp"
-#include "noise.hpp"
+#include "kernels/choice.h"
+#include "kernels/noise.hpp"
 
 #ifdef __SSE2__
 #include <emmintrin.h>
@@ -15,9 +15,6 @@
 
 namespace mirror {
 namespace {
-
-// Kept tokens with a Gumbel of their own; the others share one.
-constexpr std::size_t head_tokens = 256;
 
 template <typename Value>
 void require(bool holds, const char* name, Value found, const char* expected) {
@@ -101,162 +98,30 @@ Sampler::Sampler(const SamplingParams& params, int vocab_size, const Tokens& con
 
 Token Sampler::choose(const float* logits, std::int64_t position) {
   if (params_.temperature == 0.0) return choose_greedy(logits);
-  check_finite(logits[argmax(logits, vocab_size_)]);
-  keep_finite(logits);
-  keep_top_k();
-  keep_top_p();
-  keep_min_p();
-  return draw(position);
+  const float* row = seen_.empty() ? logits : penalised(logits);
+  const mirror_law law{params_.temperature, params_.top_p, params_.min_p, params_.top_k, params_.seed};
+  const std::int64_t token = mirror_choose(row, vocab_size_, &law, position);
+  if (token < 0) check_finite(row[argmax(row, vocab_size_)]);
+  return static_cast<Token>(token);
 }
 
 void Sampler::check_likeliest(float logit) { check_finite(logit); }
 
 void Sampler::refuse_likeliest() { refuse("no finite number"); }
 
-Token Sampler::choose_greedy(const float* logits) const {
-  if (seen_.empty()) {
-    const int token = argmax(logits, vocab_size_);
-    check_finite(logits[token]);
-    return token;
-  }
-  std::vector<float> lowered(static_cast<std::size_t>(vocab_size_));
-  for (int token = 0; token < vocab_size_; ++token) lowered[static_cast<std::size_t>(token)] = penalised(logits, token);
-  const int token = argmax(lowered.data(), vocab_size_);
-  check_finite(lowered[static_cast<std::size_t>(token)]);
+Token Sampler::choose_greedy(const float* logits) {
+  const float* row = seen_.empty() ? logits : penalised(logits);
+  const int token = argmax(row, vocab_size_);
+  check_finite(row[token]);
   return token;
 }
 
-float Sampler::penalised(const float* logits, int token) const {
-  const float logit = logits[token];
-  if (seen_.empty() || !seen_[static_cast<std::size_t>(token)]) return logit;
-  const float penalty = static_cast<float>(params_.repetition_penalty);
-  return logit < 0 ? logit * penalty : logit / penalty;
-}
-
-void Sampler::keep_finite(const float* logits) {
-  ids_.clear();
-  scores_.clear();
-  for (int token = 0; token < vocab_size_; ++token) {
-    const double score = static_cast<double>(penalised(logits, token)) / params_.temperature;
-    if (score > -std::numeric_limits<double>::infinity()) {
-      ids_.push_back(token);
-      scores_.push_back(score);
-    }
-  }
-  const double greatest = *std::max_element(scores_.begin(), scores_.end());
-  for (double& score : scores_) score -= greatest;
-}
-
-template <typename Keep>
-void Sampler::keep_where(Keep keep) {
-  std::size_t kept = 0;
-  for (std::size_t index = 0; index < ids_.size(); ++index)
-    if (keep(index)) {
-      ids_[kept] = ids_[index];
-      scores_[kept++] = scores_[index];
-    }
-  ids_.resize(kept);
-  scores_.resize(kept);
-}
-
-void Sampler::keep_top_k() {
-  const auto count = static_cast<std::size_t>(params_.top_k);
-  if (count == 0 || count >= ids_.size()) return;
-  weights_ = scores_;
-  std::nth_element(weights_.begin(), weights_.begin() + static_cast<std::ptrdiff_t>(count - 1), weights_.end(),
-                   std::greater<>());
-  const double kth = weights_[count - 1];
-  keep_where([&](std::size_t index) { return scores_[index] >= kth; });
-}
-
-// Fills order_ with the `count` likeliest, greatest first, ties by lower id.
-void Sampler::order_likeliest(std::size_t count) {
-  order_.resize(ids_.size());
-  std::iota(order_.begin(), order_.end(), 0);
-  const auto likelier = [this](std::int32_t a, std::int32_t b) {
-    const double left = scores_[static_cast<std::size_t>(a)], right = scores_[static_cast<std::size_t>(b)];
-    return left != right ? left > right : a < b;
-  };
-  if (count < order_.size()) {
-    std::nth_element(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(count), order_.end(), likelier);
-    order_.resize(count);
-  }
-  std::sort(order_.begin(), order_.end(), likelier);
-}
-
-void Sampler::keep_top_p() {
-  if (params_.top_p >= 1.0) return;
-  weights_.resize(scores_.size());
-  double total = 0.0;
-  for (std::size_t index = 0; index < scores_.size(); ++index) total += weights_[index] = std::exp(scores_[index]);
-  const double wanted = params_.top_p * total;
-  std::size_t count = std::min(head_tokens, scores_.size()), kept = 0;
-  for (;; count = std::min(8 * count, scores_.size())) {
-    order_likeliest(count);
-    double mass = 0.0;
-    for (kept = 0; kept < count && mass < wanted;) mass += weights_[static_cast<std::size_t>(order_[kept++])];
-    if (mass >= wanted || count == scores_.size()) break;
-  }
-  std::vector<unsigned char> keep(ids_.size(), 0);
-  for (std::size_t rank = 0; rank < kept; ++rank) keep[static_cast<std::size_t>(order_[rank])] = 1;
-  keep_where([&](std::size_t index) { return keep[index] != 0; });
-}
-
-void Sampler::keep_min_p() {
-  if (params_.min_p <= 0.0) return;
-  keep_where([this](std::size_t index) { return std::exp(scores_[index]) >= params_.min_p; });
-}
-
-// Exact in law: a Gumbel on the total mass of a set stands for the greatest over that set, and which
-// token attains it is independent of it. So the tokens past the likeliest share one Gumbel.
-Token Sampler::draw(std::int64_t position) {
-  if (ids_.size() <= head_tokens) return draw_of_all(position);
-  order_likeliest(head_tokens);
-  std::sort(order_.begin(), order_.end());
-  const auto where = static_cast<std::uint64_t>(position);
-  double best = -std::numeric_limits<double>::infinity();
-  Token winner = 0;
-  for (const std::int32_t index : order_) {
-    const auto token = ids_[static_cast<std::size_t>(index)];
-    const double value = scores_[static_cast<std::size_t>(index)] +
-                         gumbel(uniform(params_.seed, where, static_cast<std::uint32_t>(token)));
-    if (value > best) best = value, winner = token;
-  }
-  const Token tail = draw_of_tail(position, best);
-  return tail >= 0 ? tail : winner;
-}
-
-Token Sampler::draw_of_all(std::int64_t position) const {
-  double best = -std::numeric_limits<double>::infinity();
-  Token winner = ids_.front();
-  for (std::size_t index = 0; index < ids_.size(); ++index) {
-    const auto word = static_cast<std::uint32_t>(ids_[index]);
-    const double value = scores_[index] + gumbel(uniform(params_.seed, static_cast<std::uint64_t>(position), word));
-    if (value > best) best = value, winner = ids_[index];
-  }
-  return winner;
-}
-
-// The tail's token if its shared value beats `least`, else -1. order_ holds the head, ascending.
-Token Sampler::draw_of_tail(std::int64_t position, double least) {
-  const auto where = static_cast<std::uint64_t>(position);
-  weights_.clear();
-  double mass = 0.0;
-  std::size_t next = 0;
-  for (std::size_t index = 0; index < ids_.size(); ++index) {
-    if (next < order_.size() && static_cast<std::size_t>(order_[next]) == index) {
-      ++next;
-      continue;
-    }
-    mass += std::exp(scores_[index]);
-    weights_.push_back(mass);
-    ids_[weights_.size() - 1] = ids_[index];  // the tail moves to the front; the head is done with
-  }
-  if (least >= std::log(mass) + gumbel(uniform(params_.seed, where, tail_word))) return -1;
-  const double wanted = uniform(params_.seed, where, pick_word) * mass;
-  const auto found = std::upper_bound(weights_.begin(), weights_.end(), wanted);
-  const auto index = std::min<std::size_t>(static_cast<std::size_t>(found - weights_.begin()), weights_.size() - 1);
-  return ids_[index];
+const float* Sampler::penalised(const float* logits) {
+  lowered_.assign(logits, logits + vocab_size_);
+  const auto penalty = static_cast<float>(params_.repetition_penalty);
+  for (std::size_t token = 0; token < seen_.size(); ++token)
+    if (seen_[token]) lowered_[token] = logits[token] < 0 ? logits[token] * penalty : logits[token] / penalty;
+  return lowered_.data();
 }
 
 namespace {

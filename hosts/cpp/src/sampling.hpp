@@ -42,27 +42,14 @@ class Sampler {
   }
 
  private:
-  Token choose_greedy(const float* logits) const;
-  void keep_finite(const float* logits);
-  void keep_top_k();
-  void keep_top_p();
-  void keep_min_p();
-  template <typename Keep>
-  void keep_where(Keep keep);
-  void order_likeliest(std::size_t count);
-  Token draw(std::int64_t position);
-  Token draw_of_all(std::int64_t position) const;
-  Token draw_of_tail(std::int64_t position, double least);
-  float penalised(const float* logits, int token) const;
+  Token choose_greedy(const float* logits);
+  // The logits with the penalty applied to the context's tokens, until the next call.
+  const float* penalised(const float* logits);
 
   SamplingParams params_;
   int vocab_size_;
   std::vector<unsigned char> seen_;
-  // The kept tokens, ascending, and the log weight of each; scratch of one choice.
-  std::vector<std::int32_t> ids_;
-  std::vector<double> scores_;
-  std::vector<double> weights_;
-  std::vector<std::int32_t> order_;  // indices into ids_
+  std::vector<float> lowered_;
 };
 
 // The target's own noise, for whoever guesses its draws. The target draws argmax(log p + Gumbel noise),

@@ -35,14 +35,14 @@ std::unique_ptr<Segment> SessionDevice::load_segment(const std::filesystem::path
                                                      int capacity, const std::vector<PassShape>& shapes,
                                                      const std::vector<PassShape>& later, int threads) {
   // Copies: a draft's thread opens sessions for later shapes when this device may be gone.
-  const auto open = [provider = provider_, configure = configure_, folder, capacity, threads](const Graph& graph,
-                                                                                              PassShape shape) {
+  const auto open = [provider = provider_, configure = configure_, folder, facts, capacity, threads](const Graph& graph,
+                                                                                                     PassShape shape) {
     Ort::SessionOptions options = session_options(threads);
     if (provider.compiles)
       for (const auto& [dimension, size] :
            {std::pair{"width", shape.width}, std::pair{"rows", shape.rows}, std::pair{"capacity", capacity}})
         options.AddFreeDimensionOverrideByName(dimension, size);
-    configure(options, threads, capacity);
+    configure(options, facts, threads, capacity);
     return open_session(folder, graph, options, provider);
   };
   return std::make_unique<OrtSegment>(facts, graph_of(facts, provider_.form, name()), provider_, capacity, open, shapes,

@@ -10,8 +10,8 @@ namespace mirror {
 
 class SessionDevice : public Device {
  public:
-  // Sets what its sessions need besides session_options. Owns what it captures: segments keep it.
-  using Configure = std::function<void(Ort::SessionOptions&, int threads, int capacity)>;
+  // Sets what a segment's sessions need besides session_options. Owns what it captures: segments keep it.
+  using Configure = std::function<void(Ort::SessionOptions&, const SegmentFacts&, int threads, int capacity)>;
 
   SessionDevice(Provider provider, Configure configure)
       : provider_(std::move(provider)), configure_(std::move(configure)) {}

@@ -697,8 +697,10 @@ void segment_that_outlives_its_device() {
     provider.form = Form::rows;
     provider.compiles = true;
     provider.device = "a device with a name that is too long to be kept inside its object";
-    const auto device = std::make_shared<SessionDevice>(
-        provider, [owned](Ort::SessionOptions& options, int, int) { options.SetLogId(owned->c_str()); });
+    const auto name_it = [owned](Ort::SessionOptions& options, const SegmentFacts&, int, int) {
+      options.SetLogId(owned->c_str());
+    };
+    const auto device = std::make_shared<SessionDevice>(provider, name_it);
     const Manifest manifest = read_manifest(bundles / "context");
     segment = device->load_segment(bundles / "context", manifest.segment("draft"), 64, {{1, 1}}, {{2, 2}}, 1);
   }

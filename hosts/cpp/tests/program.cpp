@@ -1,7 +1,6 @@
 // Drafts that our own kernels run: `mirror_program BUNDLE`, a bundle whose draft has a program and is its target once
 // more, so that most of its guesses are right.
 
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -9,6 +8,7 @@
 #include "checks.hpp"
 #include "draft_program.hpp"
 #include "engine.hpp"
+#include "environment.hpp"
 #include "error.hpp"
 #include "kernel_segment.hpp"
 
@@ -21,14 +21,6 @@ using Json = nlohmann::json;
 fs::path bundle;
 Checks checks;
 const char* const program_name = "draft_int8.json";
-
-void choose(const char* kernels) {
-#ifdef _WIN32
-  _putenv_s("MIRROR_KERNELS", kernels == nullptr ? "" : kernels);
-#else
-  kernels == nullptr ? unsetenv("MIRROR_KERNELS") : setenv("MIRROR_KERNELS", kernels, 1);
-#endif
-}
 
 // The CPU, with threads of its own for a draft: target and draft share the engine's.
 class TeamDevice final : public Device {

@@ -15,7 +15,7 @@
 #include "engine.hpp"
 #include "error.hpp"
 #include "lookahead.hpp"
-#include "noise.hpp"
+#include "kernels/noise.hpp"
 #include "stopping.hpp"
 
 namespace {

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <list>
+#include <mutex>
 #include <stdexcept>
 
 namespace mirror_products {
@@ -80,9 +82,14 @@ struct Libraries {
   }
 };
 
+// What was missing is looked for again: a library may have been loaded since. What was found before stays: others may
+// still read it.
 const Libraries& libraries() {
-  static const Libraries found;
-  return found;
+  static std::mutex mutex;
+  static std::list<Libraries>& found = *new std::list<Libraries>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (found.empty() || !found.back().missing.empty()) found.emplace_back();
+  return found.back();
 }
 
 void check(int result, const char* what) {
@@ -98,8 +105,8 @@ int attribute(int index, Attribute which) {
   return value;
 }
 
-// A program compiled for one architecture: machine code for `sm_..`, PTX for `compute_..`. Empty where it can't be, with
-// the compiler's words in `log`.
+// A program compiled for one architecture: machine code for `sm_..`, PTX for `compute_..`. Empty where it can't be,
+// with the compiler's words in `log`.
 std::string compiled(const char* source, std::vector<std::string> options, const std::string& architecture,
                      std::string& log) {
   const Libraries& library = libraries();
@@ -145,7 +152,8 @@ Kernel compile(const Gpu& gpu, const char* source, const std::vector<std::string
   std::string code = compiled(source, options, "sm_" + std::to_string(gpu.major * 10 + gpu.minor), log);
   // A GPU that is newer than the compiler: its driver goes on from PTX.
   if (code.empty()) code = compiled(source, options, "compute_80", log);
-  if (code.empty()) throw std::runtime_error("NVRTC can't compile mirror's kernels: " + log);
+  if (code.empty())
+    throw std::runtime_error("NVRTC can't compile mirror's kernels, MIRROR_KERNELS=off does without: " + log);
   void *loaded = nullptr, *kernel = nullptr;
   check(libraries().load(&loaded, code.data(), nullptr, nullptr, 0, nullptr, nullptr, 0), "cuLibraryLoadData");
   check(libraries().get_kernel(&kernel, loaded, name), "cuLibraryGetKernel");

@@ -31,9 +31,9 @@ namespace {
 
 constexpr int kBlock = 32;
 constexpr int kFewestRows = 2, kMostRows = 16;  // ONNX Runtime multiplies one row in less time
-constexpr int kStep = 4;              // blocks
-constexpr int kStepBytes = 2048;      // of shared memory, for eight rows
-constexpr int kFirstCapability = 8;   // copies and products that the kernels are made of
+constexpr int kStep = 4;                        // blocks
+constexpr int kStepBytes = 2048;                // of shared memory, for eight rows
+constexpr int kFirstCapability = 8;             // copies and products that the kernels are made of
 // How a thread block is cut: see products.cu. Found by trying on an H200 (docs/log.md).
 constexpr int kTiles = 2, kAcross = 2, kAlong = 8, kAhead = 1, kBlocksAtOnce = 1;
 constexpr int kOutputs = 16 * kTiles * kAcross;
@@ -46,8 +46,8 @@ struct Matrix {
   int steps() const { return (inputs / kBlock + kStep - 1) / kStep; }
 };
 
-// In how many parts the input is cut: two thread blocks for each multiprocessor if there are enough steps, and rows that
-// fit its shared memory. It depends on matrix and GPU alone, since each number rounds otherwise.
+// In how many parts the input is cut: two thread blocks for each multiprocessor if there are enough steps, and rows
+// that fit its shared memory. It depends on matrix and GPU alone, since each number rounds otherwise.
 int parts_of(const Matrix& matrix, const Gpu& gpu) {
   const int most_steps = gpu.shared_of_block / (kMostRows / 8) / kStepBytes;
   const int for_memory = (matrix.steps() + most_steps - 1) / most_steps;
@@ -76,7 +76,9 @@ class Shared {
       found.parts = parts_of(matrix, gpu);
       const int steps = (matrix.steps() + found.parts - 1) / found.parts;
       found.shared_bytes = std::max(steps * row_tiles * kStepBytes, kAlong * row_tiles * 8 * kOutputs * 4);
-      const auto define = [](const char* name, int value) { return std::string("-D") + name + "=" + std::to_string(value); };
+      const auto define = [](const char* name, int value) {
+        return std::string("-D") + name + "=" + std::to_string(value);
+      };
       found.kernel = compile(gpu, mirror_products_source,
                              {define("BITS", matrix.bits), define("TILES", kTiles), define("ROW_TILES", row_tiles),
                               define("ACROSS", kAcross), define("ALONG", kAlong), define("AHEAD", kAhead),
@@ -90,8 +92,7 @@ class Shared {
   void plan(const Matrix& matrix, int parts) {
     const std::lock_guard<std::mutex> lock(mutex_);
     most_tickets_ = std::max(most_tickets_, static_cast<std::size_t>(matrix.tiles()));
-    if (parts > 1)
-      most_sums_ = std::max(most_sums_, static_cast<std::size_t>(parts) * kMostRows * matrix.outputs);
+    if (parts > 1) most_sums_ = std::max(most_sums_, static_cast<std::size_t>(parts) * kMostRows * matrix.outputs);
   }
 
   // For all that was planned so far.
@@ -181,7 +182,8 @@ class Product {
     known_ = inputs == 3 && block == kBlock && (matrix_.bits == 4 || matrix_.bits == 8) &&
              matrix_.inputs % kBlock == 0 && gpu_.major >= kFirstCapability;
     inputs_ = inputs;
-    if (known_) shared().plan(matrix_, parts_of(matrix_, gpu_));
+    // A window's kernel is compiled at loading; that it can't be is said there too.
+    if (known_) shared().plan(matrix_, shared().compiled(gpu_, matrix_, 1).parts);
   }
   ~Product() { api_.release(kReleaseOp, other_); }
   Product(const Product&) = delete;
@@ -239,8 +241,8 @@ class Product {
     pass_on(api_.call(kKernelContextGetGpuComputeStream, context, &stream));
     const Compiled& compiled = shared().compiled(gpu_, matrix_, (rows + 7) / 8);
     const Workspace workspace = shared().workspace(gpu_.index, stream);
-    Address at[] = {address(input(context, 1)), address(input(context, 2)), address(x), address(y), workspace.sums_at,
-                    workspace.tickets_at};
+    Address at[] = {address(input(context, 1)), address(input(context, 2)), address(x), address(y),
+                    workspace.sums_at,          workspace.tickets_at};
     void* arguments[] = {&at[0], &at[1], &at[2], &at[3], &at[4], &at[5], &rows};
     launch(compiled.kernel, matrix_.tiles(), compiled.parts, kThreads, compiled.shared_bytes, stream, arguments);
   }
@@ -248,8 +250,8 @@ class Product {
   void invoke_other(Handle context, Handle y) {
     std::vector<Handle> inputs(inputs_);
     for (std::size_t index = 0; index < inputs_; ++index) inputs[index] = input(context, index);
-    pass_on(api_.call(kInvokeOp, context, other_, static_cast<const Handle*>(inputs.data()),
-                      static_cast<int>(inputs_), &y, 1));
+    pass_on(api_.call(kInvokeOp, context, other_, static_cast<const Handle*>(inputs.data()), static_cast<int>(inputs_),
+                      &y, 1));
   }
 
   const Api& api_;

@@ -135,7 +135,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     for (int tile = 0; tile < TILES * 2; ++tile) {
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk)
-        into.values[tile][chunk] = read_once(values + output_of(tile) * (BLOCKS * kBlockBytes) + block * kBlockBytes + chunk * 16);
+        into.values[tile][chunk] =
+            read_once(values + output_of(tile) * (BLOCKS * kBlockBytes) + block * kBlockBytes + chunk * 16);
       into.scales[tile] = there ? __ldg(scales_here + output_of(tile) * BLOCKS + block) : 0;
     }
   };
