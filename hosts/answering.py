@@ -93,7 +93,10 @@ def serve(bundle: Path, settings: Mapping[str, str]) -> None:
             words = line.split()
             asked = words.pop(0).partition("=")[2] if words and words[0].startswith("mode=") else settings["mode"]
             answer = engine.generate_tokens(
-                [int(token) for token in words], max_new_tokens=int(settings["tokens"]), mode=MODES[int(asked) - 1]
+                [int(token) for token in words],
+                max_new_tokens=int(settings["tokens"]),
+                temperature=float(settings.get("temperature", "0")),
+                mode=MODES[int(asked) - 1],
             )
             found = answer.statistics
             result = {

@@ -118,9 +118,10 @@ def test_cpp_knows_the_kernels_for_gpus(cpp: Path, bundles: Path) -> None:
         passes([cpp / "mirror_gpu_products", cpp / "stand_ins", bundles])
 
 
-def test_both_hosts_draft_by_the_same_kernels(cpp: Path, drafted: Path) -> None:
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+def test_both_hosts_draft_by_the_same_kernels(cpp: Path, drafted: Path, temperature: str) -> None:
     """Where this package has kernels, so has the library: drafts are then right as often in both, to the token."""
-    settings = {"mode": mode_number("serial"), "threads": "1", "tokens": "60"}
+    settings = {"mode": mode_number("serial"), "threads": "1", "tokens": "60", "temperature": temperature}
     found = []
     for program in (PYTHON, [str(cpp / "mirror_speed")]):
         with Host(program, drafted, settings) as host:

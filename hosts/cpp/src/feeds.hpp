@@ -73,6 +73,8 @@ class PassFeeds {
   std::vector<float> feature_rows;
   std::vector<std::byte> features;  // [1, width, hidden of the target]; sized by who fills it
   SlotBranches slot_branch;
+  // Whether the host adds a draw's noise to the pass's candidates: it guesses the better the more it gets.
+  bool drawn = false;
   // Ids of the next pass that its device takes from an earlier one's; only for a segment of the same stream, and once.
   std::optional<FollowOn> follow;
   // The exit layer's state: made by the session that writes it, bound by those that read it.

@@ -129,6 +129,9 @@ struct KernelCache final : KVCache {
   std::vector<float*> keys, values;  // by layer, [kv_heads, capacity, head_dim]
 };
 
+// Candidates of a row in drawn answers, and of a pass in all: noise is added to them in a fraction of a millisecond.
+constexpr int noisy_tokens = 256, most_candidates = 4096;
+
 // One pass of one size; it has ended when it returns.
 class KernelPass final : public BoundPass {
  public:
@@ -137,6 +140,9 @@ class KernelPass final : public BoundPass {
       : name_(std::move(name)),
         draft_(std::move(draft)),
         cache_(std::move(cache)),
+        feeds_(feeds),
+        top_(top),
+        drawn_top_(top == 0 ? 0 : std::max(top, std::min({noisy_tokens, draft_->vocabulary, most_candidates / rows}))),
         tokens_(static_cast<std::size_t>(rows)),
         candidates_(tokens_.size() * static_cast<std::size_t>(top)),
         logprobs_(candidates_.size()) {
@@ -151,15 +157,20 @@ class KernelPass final : public BoundPass {
     pass_.values = cache_->values.data();
     pass_.wanted = rows;
     pass_.wanted_rows = feeds.logit_rows.data();
-    pass_.top = top;
     pass_.token_ids = tokens_.data();
-    pass_.candidate_ids = candidates_.data();
-    pass_.candidate_logprobs = logprobs_.data();
-    outputs_ = {tokens_.data(), candidates_.data(), logprobs_.data(), top};
   }
 
   void run(int past_length) override {
     pass_.past = past_length;
+    pass_.top = feeds_.drawn ? drawn_top_ : top_;
+    const auto count = tokens_.size() * static_cast<std::size_t>(pass_.top);
+    if (candidates_.size() < count) {
+      candidates_.resize(count);
+      logprobs_.resize(count);
+    }
+    pass_.candidate_ids = candidates_.data();
+    pass_.candidate_logprobs = logprobs_.data();
+    outputs_ = {tokens_.data(), candidates_.data(), logprobs_.data(), pass_.top};
     if (!draft_->run(pass_))
       throw Error(ErrorKind::device, name_ + " can't run " + std::to_string(pass_.width) + " rows after " +
                                          std::to_string(past_length) + " in a cache of " +
@@ -175,6 +186,8 @@ class KernelPass final : public BoundPass {
   std::string name_;
   std::shared_ptr<const PackedDraft> draft_;
   std::shared_ptr<const KernelCache> cache_;
+  const PassFeeds& feeds_;
+  int top_, drawn_top_;  // candidates of a row: the graph's, and in drawn answers, which gain by more
   std::vector<std::int64_t> tokens_, candidates_;
   std::vector<float> logprobs_;
   mirror_draft_pass pass_{};

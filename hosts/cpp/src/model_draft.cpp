@@ -59,7 +59,7 @@ Rollout ModelDraft::roll_out(const Tokens& tokens, const Tokens& window, int dep
   {
     const auto span = log_.span(SpanName::trunk);
     if (filled_ < base) advance(Tokens(tokens.begin(), tokens.end() - 1), 1, std::nullopt);
-    own = run_trunk(window);
+    own = run_trunk(window, noise.has_value());
   }
   Rollout rollout;
   rollout.branches = branches(window, std::move(own), meeting, noise);
@@ -159,7 +159,7 @@ ModelDraft::Given ModelDraft::step(const Token* tokens, int count, const std::op
 }
 
 // Runs the window; returns the draft's candidates for each of its rows.
-Candidates ModelDraft::run_trunk(const Tokens& window) {
+Candidates ModelDraft::run_trunk(const Tokens& window, bool drawn) {
   const int past = filled_, count = static_cast<int>(window.size());
   Pass& pass = pass_at(fit_width(trunk_->widths(), count));
   Tokens ids;
@@ -167,7 +167,7 @@ Candidates ModelDraft::run_trunk(const Tokens& window) {
   pass.feeds.fill_causal(ids.data(), count, past);
   pass.feeds.want_rows(0, count);
   feed_states(pass.feeds, window.size(), nullptr);
-  Candidates found = candidates(pass, count, past);
+  Candidates found = candidates(pass, count, past, drawn);
   filled_ += count;
   return found;
 }
@@ -297,14 +297,15 @@ Tokens ModelDraft::choose(Pass& pass, const std::vector<BranchRow>& rows, int wa
   for (int index = 0; index < wanted; ++index)
     after.push_back(rows[static_cast<std::size_t>(pass.feeds.logit_rows[static_cast<std::size_t>(index)])].position +
                     1);
-  Candidates found = candidates(pass, wanted, past);
+  Candidates found = candidates(pass, wanted, past, true);
   noise->order(found, after);
   Tokens best;
   for (int index = 0; index < wanted; ++index) best.push_back(found.ids[static_cast<std::size_t>(index * found.top)]);
   return best;
 }
 
-Candidates ModelDraft::candidates(Pass& pass, int wanted, int past) {
+Candidates ModelDraft::candidates(Pass& pass, int wanted, int past, bool drawn) {
+  pass.feeds.drawn = drawn;
   const PassOutputs& out = run(pass, true, wanted, past).outputs();
   const int count = wanted * out.top;
   Candidates found{Tokens(out.candidate_ids, out.candidate_ids + count),

@@ -81,7 +81,7 @@ class ModelDraft final : public Draft {
   Given go_on(const Given& last, int gives, const Noise& noise);
   Given step(const Token* tokens, int count, const std::optional<LaunchedIds>& launched, int gives, int width,
              const Noise& noise);
-  Candidates run_trunk(const Tokens& window);
+  Candidates run_trunk(const Tokens& window, bool drawn);
   bool narrow(Alive& alive, std::size_t number, int read, const std::vector<Branch>& branches, Meeting& meeting) const;
   void continue_all(Rollout& rollout, int base, int depth, Meeting& meeting, const Noise& noise);
   Given branch_pass(const BranchPass& item, const Alive& alive, const std::vector<Branch>& branches, int base, int read,
@@ -89,7 +89,8 @@ class ModelDraft final : public Draft {
   static void hand_on(const Given& pass, Alive& alive);
   Given give(Pass& pass, const std::vector<BranchRow>& rows, int wanted, int past, const Noise& noise);
   Tokens choose(Pass& pass, const std::vector<BranchRow>& rows, int wanted, int past, const Noise& noise);
-  Candidates candidates(Pass& pass, int wanted, int past);
+  // `drawn`: whether noise will be added to them.
+  Candidates candidates(Pass& pass, int wanted, int past, bool drawn);
   BoundPass& run(Pass& pass, bool with_candidates, int wanted, int past);
   void feed_states(PassFeeds& feeds, std::size_t rows, const std::vector<BranchRow>* branch_rows) const;
   Pass& pass_at(int width);

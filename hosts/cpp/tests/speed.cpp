@@ -1,6 +1,6 @@
 // A host to be measured: `mirror_speed BUNDLE [KEY=VALUE]...`. Reads prompts, one a line, as token ids, maybe after
-// mode=NUMBER; prints a JSON line for each answer. Keys: mode (a number of mirror_mode), threads, tokens, target,
-// draft, pinned, plugin.
+// mode=NUMBER; prints a JSON line for each answer. Keys: mode (a number of mirror_mode), threads, tokens, temperature,
+// target, draft, pinned, plugin.
 
 #include <cstdio>
 #include <cstdlib>
@@ -14,7 +14,7 @@ namespace {
 using Settings = std::map<std::string, std::string>;
 
 Settings settings_of(int count, char** arguments) {
-  Settings settings = {{"mode", "0"}, {"threads", "0"}, {"tokens", "64"}, {"pinned", "0"}};
+  Settings settings = {{"mode", "0"}, {"threads", "0"}, {"tokens", "64"}, {"temperature", "0"}, {"pinned", "0"}};
   for (int index = 2; index < count; ++index) {
     const std::string text = arguments[index];
     settings[text.substr(0, text.find('='))] = text.substr(text.find('=') + 1);
@@ -67,6 +67,7 @@ int main(int count, char** arguments) {
     mirror::Engine engine(arguments[1], load_options(settings));
     mirror::GenerateOptions options;
     options.max_new_tokens = std::stoll(settings.at("tokens"));
+    options.temperature = std::stod(settings.at("temperature"));
     for (std::string line; std::getline(std::cin, line);) {
       options.mode = MIRROR_MODE_UNSET;
       if (line.rfind("mode=", 0) == 0) {

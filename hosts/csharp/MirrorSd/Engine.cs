@@ -48,6 +48,13 @@ namespace MirrorSd
         /// <summary>Tokens that a context may have.</summary>
         public int MaxLength => Describe().MaxLength;
 
+        /// <summary>Passes that its GPUs have recorded and replay, so far.</summary>
+        public int RecordedPasses => Describe().RecordedPasses;
+
+        /// <summary>What the library's own kernels run the draft with: amx, avx512 or avx2; null where ONNX Runtime runs
+        /// it, or none is loaded.</summary>
+        public string DraftKernels => Marshal.PtrToStringAnsi(Describe().DraftKernels);
+
         /// <summary>Begins an answer to a text. The engine is busy until it has ended or is disposed.</summary>
         /// <exception cref="MirrorException">The request contradicts the bundle, doesn't fit the cache, or another
         /// answer is being made.</exception>

@@ -85,6 +85,8 @@ namespace MirrorSd
             public int Branches;
             public int TargetThreads;
             public int DraftThreads;
+            public int RecordedPasses;
+            public IntPtr DraftKernels;
         }
 
         [StructLayout(LayoutKind.Sequential)]
