@@ -77,7 +77,7 @@ def _compiled(architecture: str, facts: dict[str, int]) -> str:
     return log.value.decode()
 
 
-def _dequantised(blocks: NDArray[np.uint8], scales: NDArray[np.float16], bits: int) -> NDArray[np.float32]:
+def dequantised(blocks: NDArray[np.uint8], scales: NDArray[np.float16], bits: int) -> NDArray[np.float32]:
     """Return a matrix, `[outputs, inputs]`, each number rounded to float16 as kernels do."""
     values = np.stack([blocks & 15, blocks >> 4], axis=-1) if bits == 4 else blocks
     numbers = values.reshape(*blocks.shape[:2], 32).astype(np.float16) - np.float16(1 << (bits - 1))
@@ -97,7 +97,7 @@ def test_products_are_those_of_the_matrix_and_independent_of_a_rows_place(sizes:
     for rows in (1, 2, 8, 11, 16, 17, 100):
         x = generator.standard_normal((1, rows, sizes[1]), np.float32).astype(np.float16)
         first, second = session.run(None, {"x": x})
-        expected = x[0].astype(np.float32) @ _dequantised(blocks, scales, bits).T
+        expected = x[0].astype(np.float32) @ dequantised(blocks, scales, bits).T
         largest = np.abs(expected).max()
         np.testing.assert_allclose(first[0], expected, rtol=0, atol=2e-3 * largest)
         np.testing.assert_array_equal(first, second)

@@ -118,6 +118,37 @@ def test_cpp_knows_the_kernels_for_gpus(cpp: Path, bundles: Path) -> None:
         passes([cpp / "mirror_gpu_products", cpp / "stand_ins", bundles])
 
 
+PASSED_ON = """
+import ctypes, sys
+import numpy as np
+import onnxruntime as ort
+from mirror.bench.gpu_products import product_model, random_weights
+from tests.test_gpu_products import dequantised
+
+folder = sys.argv[1]
+kept = [ctypes.CDLL(f"{folder}/{name}") for name in ("libcuda.so.1", "libnvrtc.so.13")]
+for bits in (4, 8):
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(f"{folder}/products_on_cpu.so")
+    weights = [random_weights(40, 96, bits, seed) for seed in range(2)]
+    session = ort.InferenceSession(product_model(weights, bits), options, providers=["CPUExecutionProvider"])
+    for rows in (1, 3, 20):
+        x = np.random.default_rng(rows).standard_normal((1, rows, 96), np.float32).astype(np.float16)
+        for found, (blocks, scales) in zip(session.run(None, {"x": x}), weights):
+            expected = x[0].astype(np.float32) @ dequantised(blocks, scales, bits).T
+            np.testing.assert_allclose(found[0], expected, rtol=0, atol=5e-3 * np.abs(expected).max())
+print("passed on")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels for GPUs are built on Linux")
+def test_products_that_are_not_for_the_kernels_are_passed_on_to_onnxruntime(cpp: Path) -> None:
+    """By an operator for the CPU's provider, which stand-ins give a GPU that is too old."""
+    command = [sys.executable, "-c", PASSED_ON, str(cpp / "stand_ins")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "passed on", done.stderr
+
+
 @pytest.mark.parametrize("temperature", ["0", "0.8"])
 def test_both_hosts_draft_by_the_same_kernels(cpp: Path, drafted: Path, temperature: str) -> None:
     """Where this package has kernels, so has the library: drafts are then right as often in both, to the token."""

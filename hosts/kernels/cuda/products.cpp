@@ -14,6 +14,11 @@
 #include "driver.hpp"
 #include "ort.hpp"
 
+// Tests on machines without a GPU name another.
+#ifndef MIRROR_PRODUCTS_PROVIDER
+#define MIRROR_PRODUCTS_PROVIDER "CUDAExecutionProvider"
+#endif
+
 // products.cu as it stands, ended by a zero.
 __asm__(
     ".pushsection .rodata\n"
@@ -280,7 +285,7 @@ const CustomOp& operation() {
     CustomOp op{};
     op.version = kApiVersion;
     op.get_name = [](const CustomOp*) { return "MatMulNBits"; };
-    op.get_provider = [](const CustomOp*) { return "CUDAExecutionProvider"; };
+    op.get_provider = [](const CustomOp*) { return MIRROR_PRODUCTS_PROVIDER; };
     op.get_input_type = [](const CustomOp*, std::size_t index) { return kInputs[index]; };
     op.get_input_count = [](const CustomOp*) { return kInputs.size(); };
     op.get_output_type = [](const CustomOp*, std::size_t) { return static_cast<int>(kFloat16); };
