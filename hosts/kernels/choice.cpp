@@ -36,7 +36,7 @@ inline float near_exp(float x) {
 }
 
 // Compiled for two kinds of CPU where the compiler can choose between them at run time.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define MIRROR_FOR_AVX2_TOO __attribute__((target_clones("avx2", "default")))
 #else

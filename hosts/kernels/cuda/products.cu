@@ -7,6 +7,7 @@
 //   ACROSS       warps beside each other over outputs,
 //   ALONG        warps beside each other over the input.
 //   AHEAD        steps whose weights are on their way.
+//   MIN_BLOCKS   thread blocks that a multiprocessor has room for, by their registers.
 //   PARTS        of the input, by thread blocks of their own.
 //   OUTPUTS, BLOCKS  the matrix: its outputs, and blocks of its inputs.
 //
