@@ -633,10 +633,12 @@ def run(
     options = AnswerOptions(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, num_assistant_tokens
     )
-    bundle = named or default_bundle()
+    own_draft = named is None and own_draft_pays(mode, target_device, suffix_device, draft_device)
+    bundle = named or default_bundle(own_draft=own_draft)
     measured = True
     if mode == "auto":
         mode, measured = auto_mode(bundle, target_device, suffix_device, draft_device)
+        measured = measured or own_draft
     output = OutputOptions(as_json, not as_json if stats is None else stats, trace, untuned=not measured)
     import mirror
 
@@ -733,15 +735,37 @@ def auto_mode(bundle: Path, target: str | None, suffix: str | None, draft: str |
     return ("serial" if share_cpu((place, other or place), own) else "mirror"), False
 
 
-def default_bundle() -> Path:
-    """Return the default model's bundle, exported into the user's cache on first use."""
-    from mirror.default_model import DEFAULT_MODEL, default_bundle_path, ensure_default_bundle
+def own_draft_pays(mode: str, *devices: str | None) -> bool:
+    """Whether the default model had better draft for itself, in 8 bits: on a CPU alone that has kernels for that.
+
+    Args:
+        mode: the mode that the user names, or `auto`.
+        devices: those that the user names.
+    """
+    from mirror.targets.kernel_library import chosen_kernels
+
+    return mode != "mirror" and all(device in (None, "cpu") for device in devices) and chosen_kernels() is not None
+
+
+def default_bundle(*, own_draft: bool) -> Path:
+    """Return the default model's bundle, exported into the user's cache on first use.
+
+    Args:
+        own_draft: whether the model is its own draft; else it is one that was trained for it, or n-grams.
+    """
+    from mirror.default_model import (
+        DEFAULT_MODEL,
+        DEFAULT_OPTIONS,
+        OWN_DRAFT_OPTIONS,
+        default_bundle_path,
+        ensure_default_bundle,
+    )
 
     def export_default(checkpoint: Path, bundle: Path, options: DefaultOptions) -> None:
         quiet_libraries(bars=False)
         from mirror.export.build import ExportOptions, export_bundle
 
-        print_notice(f"exporting {DEFAULT_MODEL.name} once to {default_bundle_path()}")
+        print_notice(f"exporting {DEFAULT_MODEL.name} once to {default_bundle_path(options=options)}")
         with ExportProgress() as progress:
             export_bundle(
                 str(checkpoint),
@@ -753,13 +777,14 @@ def default_bundle() -> Path:
                     max_length=options.max_length,
                     precision=options.precision,
                     draft=options.draft,
+                    int8_draft=options.int8_draft,
                     force=False,
                     allow_failed_check=False,
                 ),
                 progress,
             )
 
-    return ensure_default_bundle(export_default)
+    return ensure_default_bundle(export_default, options=OWN_DRAFT_OPTIONS if own_draft else DEFAULT_OPTIONS)
 
 
 def _print_summary(bundle: Path) -> None:

@@ -19,9 +19,11 @@ from click.testing import CliRunner, Result
 from tokenizers import models, pre_tokenizers
 
 import mirror
+from mirror import default_model
 from mirror.bundle import Settings, read_manifest, write_manifest
 from mirror.cli import auto_mode, main
-from mirror.default_model import default_bundle_path
+from mirror.default_model import DEFAULT_OPTIONS, OWN_DRAFT_OPTIONS, DefaultOptions, default_bundle_path
+from mirror.errors import ExportError
 from tests.cli_reference import reference
 from tests.lookup import Lookup, LookupBundle, agreeing_table, random_table, write_bundle
 
@@ -58,6 +60,7 @@ def own_bundle(tmp_path: Path) -> Path:
 def cached(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The lookup bundle, in the place of the cached default bundle."""
     monkeypatch.setenv("MIRROR_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(bundle, default_bundle_path(options=OWN_DRAFT_OPTIONS))
     return Path(shutil.copytree(bundle, default_bundle_path()))
 
 
@@ -135,6 +138,33 @@ def test_the_prompt_may_come_from_anywhere(bundle: Path, tmp_path: Path) -> None
     assert ok(call("run", bundle, *options, given=PROMPT)).stdout == expected
     assert ok(call("run", bundle, *options, "--prompt-file", tmp_path / "prompt.txt")).stdout == expected
     assert ok(call("run", bundle, *options, "--prompt-file", "-", given=PROMPT)).stdout == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "kernels", "expected"),
+    [
+        ((), "avx512", OWN_DRAFT_OPTIONS),
+        (("--target-device", "cpu", "--draft-device", "cpu"), "amx", OWN_DRAFT_OPTIONS),
+        (("--mode", "serial"), "avx2", OWN_DRAFT_OPTIONS),
+        ((), None, DEFAULT_OPTIONS),
+        (("--mode", "mirror"), "avx512", DEFAULT_OPTIONS),
+        (("--draft-device", "openvino:CPU"), "avx512", DEFAULT_OPTIONS),
+        (("--target-device", "cuda:0"), "avx512", DEFAULT_OPTIONS),
+    ],
+)
+def test_on_a_cpu_with_kernels_the_default_model_drafts_for_itself(
+    options: tuple[str, ...], kernels: str | None, expected: DefaultOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[DefaultOptions] = []
+
+    def ensure(export: object, *, options: DefaultOptions) -> Path:
+        asked.append(options)
+        raise ExportError("asked")
+
+    monkeypatch.setattr(default_model, "ensure_default_bundle", ensure)
+    monkeypatch.setattr("mirror.targets.kernel_library.chosen_kernels", lambda: kernels)
+    assert "asked" in call("run", "Why?", *options).output
+    assert asked == [expected]
 
 
 def test_one_argument_that_is_no_folder_is_the_prompt_of_the_cached_bundle(cached: Path) -> None:

@@ -40,7 +40,7 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
     (package / "model.gguf").write_bytes(CONTENT)
     monkeypatch.syspath_prepend(str(package.parent))
     sha256 = hashlib.sha256(CONTENT).hexdigest()
-    return PackagedModel("Tiny", "tiny==1", "packaged_model", "model.gguf", len(CONTENT), sha256)
+    return PackagedModel("Tiny", "tiny==1", "packaged_model", "model.gguf", len(CONTENT), sha256, 2)
 
 
 def write_bundle(checkpoint: Path, bundle: Path, options: DefaultOptions) -> None:
