@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mirror.bench.choices import LAWS, time_law, widened
-from mirror.targets import row_chooser
+from mirror.runtime.engine import chooser_for
+from mirror.runtime.sampling import SamplingParams
 
 
 def test_a_widened_row_keeps_its_likeliest_to_itself() -> None:
@@ -20,7 +21,7 @@ def test_a_widened_row_keeps_its_likeliest_to_itself() -> None:
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
 def test_both_ways_of_drawing_are_timed_and_agree(law: dict[str, float]) -> None:
-    if row_chooser(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) is None:
+    if chooser_for(SamplingParams(1.0)) is None:
         pytest.skip("mirror's kernels were not built")
     rows = [np.random.default_rng(seed).standard_normal(20_000).astype(np.float32) * 3 for seed in range(20)]
     found = time_law(rows, law)

@@ -20,7 +20,7 @@ SIZES = [(40, 64), (1000, 576), (576, 1536), (2048, 5120)]
 OWN_ROWS = range(2, 17)  # ONNX Runtime takes the others
 
 
-def test_without_a_driver_the_library_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_the_library_says_what_is_missing() -> None:
     if cuda.driver_gpus():
         pytest.skip("this machine has a driver")
     assert "no NVIDIA driver (libcuda.so.1); install it" in str(kernel_library.products_missing())

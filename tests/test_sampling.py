@@ -13,10 +13,10 @@ import mirror
 from mirror.errors import DeviceError, RequestError
 from mirror.runtime import sampling
 from mirror.runtime.contenders import Peaks
+from mirror.runtime.engine import chooser_for
 from mirror.runtime.noise import PICK_TOKEN, TAIL_TOKEN, gumbel, philox, uniforms
 from mirror.runtime.records import Floats
 from mirror.runtime.sampling import Kept, Sampler, SamplingParams, draw, process
-from mirror.targets import row_chooser
 from tests.lookup import Lookup, LookupBundle, chi_square, chi_square_limit, random_table, softmax, write_bundle
 
 NO_CONTEXT = np.zeros(0, np.int64)
@@ -145,8 +145,7 @@ def _sampler(params: SamplingParams, vocab_size: int, context: np.ndarray, by: s
     """Return a sampler that draws in numpy, or by the package's library where that is built."""
     if by == "numpy" or params.temperature == 0.0:
         return Sampler(params, vocab_size, context)
-    law = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
-    choose_row = row_chooser(**law)
+    choose_row = chooser_for(params)
     if choose_row is None:
         pytest.skip("mirror's kernels were not built")
     return Sampler(params, vocab_size, context, choose_row)
@@ -349,7 +348,7 @@ def test_the_whole_row_is_left_alone_where_the_head_is_sure_to_win(monkeypatch: 
 
 def test_an_answer_is_the_same_with_and_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = write_bundle(tmp_path / "bundle", LookupBundle(Lookup(random_table(1, 600, 23))))
-    if row_chooser(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) is None:
+    if chooser_for(SamplingParams(1.0)) is None:
         pytest.skip("mirror's kernels were not built")
     answers = []
     for kernels in ("", "off"):
@@ -361,3 +360,10 @@ def test_an_answer_is_the_same_with_and_without_the_library(tmp_path: Path, monk
                 )
     assert answers[:3] == answers[3:]
     assert len(set(answers[:3])) == 3
+
+
+def test_a_penalty_that_leaves_no_finite_logit_is_an_error() -> None:
+    params = SamplingParams(1.0, repetition_penalty=1e-45)
+    sampler = _sampler(params, 4, np.array([1]), "library")
+    with np.errstate(over="ignore"), pytest.raises(DeviceError, match="greatest logit is inf"):
+        sampler.choose(np.array([1, 4, 4, -2], np.float32), 0)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -111,7 +112,7 @@ class Row {
   }
 
   float greatest() const { return greatest_; }
-  double temperature() const { return temperature_; }
+  std::size_t size() const { return static_cast<std::size_t>(count_); }
 
   // Whether different logits divided by the temperature still differ, and float32 says something of scores.
   bool is_tame() const { return 1e-6 <= temperature_ && temperature_ <= 1e6; }
@@ -149,8 +150,7 @@ class Row {
   std::vector<double> scores() const {
     std::vector<double> result(static_cast<std::size_t>(count_));
     for (int token = 0; token < count_; ++token) result[static_cast<std::size_t>(token)] = scaled(token);
-    const double most = *std::max_element(result.begin(), result.end());
-    for (double& score : result) score -= most;
+    less_greatest(result);
     return result;
   }
 
@@ -172,11 +172,15 @@ class Row {
     return temperature_ == 1.0 ? logit : logit / temperature_;
   }
 
+  static void less_greatest(std::vector<double>& scores) {
+    const double most = *std::max_element(scores.begin(), scores.end());
+    for (double& score : scores) score -= most;
+  }
+
   void score(Kept& kept) const {
     kept.scores.resize(kept.ids.size());
     for (std::size_t index = 0; index < kept.ids.size(); ++index) kept.scores[index] = scaled(kept.ids[index]);
-    const double most = *std::max_element(kept.scores.begin(), kept.scores.end());
-    for (double& score : kept.scores) score -= most;
+    less_greatest(kept.scores);
     kept.keep_where([&](std::size_t index) { return kept.scores[index] > -std::numeric_limits<double>::infinity(); });
   }
 
@@ -276,8 +280,8 @@ void keep_top_p(Kept& kept, double top_p) {
 }
 
 // What top-p alone keeps, from the likely tokens and the mass of all.
-Kept nucleus(const Row& row, double top_p, std::size_t vocabulary) {
-  const double mass = row.is_tame() ? row.mass() : 0.0, share = negligible(top_p, mass, vocabulary);
+Kept nucleus(const Row& row, double top_p) {
+  const double mass = row.is_tame() ? row.mass() : 0.0, share = negligible(top_p, mass, row.size());
   if (share <= 0.0) {
     Kept kept = row.all();
     keep_top_p(kept, top_p);
@@ -311,7 +315,7 @@ struct Race {
   bool is_won(double mass) const { return mass == 0.0 || value > std::log(mass) + tail_noise; }
 };
 
-// The likeliest tokens, greatest first, ties by lower id, run against each other.
+// The likeliest tokens, of equals those with lower ids, run against each other.
 Race run(const Kept& kept, std::uint64_t seed, std::uint64_t position) {
   std::vector<std::size_t> order(kept.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
@@ -385,17 +389,15 @@ std::int32_t draw_of_all(const Row& row, const float* logits, std::uint64_t seed
   return token < 0 ? race.token : static_cast<std::int32_t>(token);
 }
 
-Kept processed(const Row& row, const mirror_law& law, std::size_t vocabulary) {
-  if (law.top_k == 0 && law.top_p < 1.0) return nucleus(row, law.top_p, vocabulary);
+Kept processed(const Row& row, const mirror_law& law) {
+  if (law.top_k == 0 && law.top_p < 1.0) return nucleus(row, law.top_p);
   if (law.top_k > 0) {
-    const auto most =
-        static_cast<std::size_t>(std::min<std::int64_t>(law.top_k, static_cast<std::int64_t>(vocabulary)));
-    Kept kept = row.best(most);
+    Kept kept = row.best(std::min(static_cast<std::size_t>(law.top_k), row.size()));
     keep_top_k(kept, law.top_k);
     keep_top_p(kept, law.top_p);
     return kept;
   }
-  return row.is_tame() ? row.at_least(law.min_p) : row.all();
+  return row.at_least(law.min_p);
 }
 
 }  // namespace
@@ -407,7 +409,7 @@ int64_t mirror_choose(const float* logits, int32_t count, const mirror_law* law,
   if (!std::isfinite(row.greatest())) return -1;
   const auto where = static_cast<std::uint64_t>(position);
   if (law->top_k == 0 && law->top_p >= 1.0 && law->min_p <= 0.0) return draw_of_all(row, logits, law->seed, where);
-  Kept kept = processed(row, *law, static_cast<std::size_t>(count));
+  Kept kept = processed(row, *law);
   if (law->min_p > 0.0) kept.keep_where([&](std::size_t index) { return std::exp(kept.scores[index]) >= law->min_p; });
   return draw(std::move(kept), law->seed, where);
 }

@@ -17,9 +17,9 @@ import numpy as np
 
 import mirror
 from mirror.bench.provenance import provenance
+from mirror.runtime.engine import chooser_for
 from mirror.runtime.records import Floats
 from mirror.runtime.sampling import Sampler, SamplingParams
-from mirror.targets import row_chooser
 
 PROMPTS = ("Why is the sky blue?", "Write a short poem about rivers.", "How do I bake bread at home?")
 LAWS: dict[str, dict[str, float]] = {
@@ -62,11 +62,10 @@ def time_law(rows: Sequence[Floats], law: dict[str, float]) -> dict[str, list[fl
         RuntimeError: they chose different tokens.
     """
     params = SamplingParams(1.0, seed=7, **law)  # type: ignore[arg-type]
-    given = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
     context = np.arange(0, rows[0].size, 97)
     samplers = {
         "numpy": Sampler(params, rows[0].size, context),
-        "library": Sampler(params, rows[0].size, context, row_chooser(**given)),
+        "library": Sampler(params, rows[0].size, context, chooser_for(params)),
     }
     times: dict[str, list[float]] = {name: [] for name in samplers}
     for position, row in enumerate(rows):

@@ -346,7 +346,7 @@ class Engine:
             self._target,
             None if seat is not None and seat.lost is not None else seat,
             self._sequence,
-            Sampler(options.sampling, self.manifest.model.vocab_size, prompt, _drawn_by(options.sampling)),
+            Sampler(options.sampling, self.manifest.model.vocab_size, prompt, chooser_for(options.sampling)),
             Stopping(
                 self.manifest.tokens.eos, options.max_new_tokens, answer.watch if answer.text is not None else None
             ),
@@ -536,7 +536,7 @@ def _stops(stop: ListLike[str]) -> tuple[str, ...]:
     return tuple(stop)
 
 
-def _drawn_by(params: SamplingParams) -> ChooseRow | None:
+def chooser_for(params: SamplingParams) -> ChooseRow | None:
     """Return what draws an answer's tokens in numpy's place; None where it is greedy, or there is no such library."""
     if params.temperature == 0.0:
         return None

@@ -412,9 +412,10 @@ class Sampler:
         if self._choose_row is None:
             _check_finite(float(logits.max()))
             return sample(logits, params, self._seen, position)
-        token = self._choose_row(penalised(logits, params.repetition_penalty, self._seen), position)
+        row = penalised(logits, params.repetition_penalty, self._seen)
+        token = self._choose_row(row, position)
         if token < 0:
-            _check_finite(float(logits.max()))
+            raise _no_number(str(float(row.max())))
         return token
 
     def see(self, token: int) -> None:

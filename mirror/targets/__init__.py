@@ -7,10 +7,9 @@ does (`mirror` itself turns ONNX Runtime's off).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from mirror.errors import DeviceError
-from mirror.targets.base import AheadCompiler, Array, Device, FreeMemory
+from mirror.targets.base import AheadCompiler, Device, FreeMemory
+from mirror.targets.kernel_library import row_chooser
 from mirror.targets.memory import free_memory
 from mirror.targets.names import DeviceFamily, DeviceName, parse_device_name
 from mirror.targets.survey import DeviceInfo, list_devices, npu_name, openvino_missing
@@ -27,15 +26,6 @@ __all__ = [
     "parse_device_name",
     "row_chooser",
 ]
-
-
-def row_chooser(
-    *, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
-) -> Callable[[Array, int], int] | None:
-    """Return what draws tokens from rows of logits on this machine; see `kernel_library.row_chooser`."""
-    from mirror.targets import kernel_library
-
-    return kernel_library.row_chooser(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
 
 
 def open_device(name: str, *, background: bool = False) -> Device:

@@ -141,13 +141,18 @@ def kernels_missing() -> str | None:
     return None
 
 
+def _wanted() -> str:
+    """Return what the environment's variable says, in small letters; empty where it isn't set."""
+    return os.environ.get(VARIABLE, "").strip().lower()
+
+
 def chosen_kernels() -> str | None:
     """Return the kernels that drafts run with: the best here, or what the environment's variable names; None for none.
 
     Raises:
         DeviceError: the variable names something else, or what isn't here.
     """
-    wanted = os.environ.get(VARIABLE, "").strip().lower()
+    wanted = _wanted()
     if wanted == "off":
         return None
     if wanted and wanted not in KERNELS:
@@ -171,7 +176,7 @@ def row_chooser(
         temperature: above 0.
         top_k, top_p, min_p, seed: as `runtime.sampling.SamplingParams` has them.
     """
-    library = _library() if os.environ.get(VARIABLE, "").strip().lower() != "off" else None
+    library = _library() if _wanted() != "off" else None
     if library is None:
         return None
     law = _Law(temperature, top_p, min_p, top_k, seed)
@@ -199,7 +204,7 @@ def products_missing() -> str | None:
 
 def chosen_products() -> bool:
     """Whether GPUs multiply by this package's own kernels: where they can, unless the variable is `off`."""
-    return os.environ.get(VARIABLE, "").strip().lower() != "off" and products_missing() is None
+    return _wanted() != "off" and products_missing() is None
 
 
 class PackedDraft:

@@ -248,13 +248,11 @@ def make_buffer(memory: Memory, dtype: str, shape: Sequence[int], stream: Device
 
 
 def _host_buffer(dtype: str, shape: Sequence[int]) -> Buffer:
-    # Two bytes per element of zeros are zeros in bfloat16 too.
-    array: Array = np.empty(shape, np.uint16 if dtype == "bfloat16" else dtype)
-    # Written here, not by the first answer: pages that the system hands out at their first touch cost it 80 ms for each
-    # 16 tokens of a draft of 30 layers, on a virtual machine whose own memory comes so.
-    array.fill(0)
     if dtype == "bfloat16":
-        return Buffer(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ELEMENT_TYPES[dtype]), None)
+        # Two bytes per element of zeros are zeros in bfloat16 too.
+        raw = np.zeros(shape, np.uint16)
+        return Buffer(ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, _ELEMENT_TYPES[dtype]), None)
+    array: Array = np.zeros(shape, dtype)
     return Buffer(ort.OrtValue.ortvalue_from_numpy(array), array)
 
 
@@ -269,7 +267,11 @@ class OnnxRuntimeCache:
         for layer in layers:
             shape = (1, layer.heads, capacity, layer.head_dim)
             for name in kv_names("past_key_values", layer.layer):
-                self.buffers[name] = make_buffer(memory, layer.dtype, shape, stream)
+                buffer = self.buffers[name] = make_buffer(memory, layer.dtype, shape, stream)
+                if buffer.array is not None:
+                    # Here, not by the first answer: pages that the system hands out at their first touch cost it 80 ms
+                    # for each 16 tokens of a draft of 30 layers, on a virtual machine whose own memory comes so.
+                    buffer.array.fill(0)
 
     @property
     def capacity(self) -> int:

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -151,6 +150,15 @@ Status guarded(const Api& api, Function function) {
   }
 }
 
+// What ONNX Runtime made and wants back.
+struct Release {
+  const Api* api;
+  Function place;
+
+  void operator()(Handle given) const { api->release(place, given); }
+};
+using Owned = std::unique_ptr<void, Release>;
+
 // One node.
 class Product {
  public:
@@ -165,24 +173,28 @@ class Product {
                                                                         {"bits", matrix_.bits},
                                                                         {"block_size", block},
                                                                         {"accuracy_level", 0}}};
-    std::array<Handle, given.size()> attributes = {};
-    for (std::size_t index = 0; index < given.size(); ++index)
+    std::vector<Owned> owned;
+    std::vector<Handle> attributes(given.size());
+    for (std::size_t index = 0; index < given.size(); ++index) {
       pass_on(api.call(kCreateOpAttr, given[index].first, static_cast<const void*>(&given[index].second), 1,
                        static_cast<int>(kIntAttribute), &attributes[index]));
+      owned.emplace_back(attributes[index], Release{&api, kReleaseOpAttr});
+    }
     // Versions of ONNX Runtime differ in what types their operator names.
     const std::array<const char*, 4> names = {"T1", "T2", "T3", "T4"};
     Status made = nullptr;
+    Handle other = nullptr;
     for (const int third : {kUint8, kFloat16}) {
       const std::array<int, 4> types = {kFloat16, kUint8, third, kInt32};
-      for (int count = 4; count >= 2 && other_ == nullptr; --count) {
+      for (int count = 4; count >= 2 && other == nullptr; --count) {
         if (made != nullptr) api.release(kReleaseStatus, made);
         made = api.call(kCreateOp, info, "MatMulNBits", "com.microsoft", 1, names.data(), types.data(), count,
                         static_cast<const Handle*>(attributes.data()), static_cast<int>(given.size()),
-                        static_cast<int>(inputs), 1, &other_);
+                        static_cast<int>(inputs), 1, &other);
       }
     }
-    for (const Handle attribute : attributes) api.release(kReleaseOpAttr, attribute);
     pass_on(made);
+    other_ = Owned(other, Release{&api, kReleaseOp});
     gpu_ = current_gpu();
     known_ = inputs == 3 && block == kBlock && (matrix_.bits == 4 || matrix_.bits == 8) &&
              matrix_.inputs % kBlock == 0 && gpu_.major >= kFirstCapability;
@@ -190,10 +202,6 @@ class Product {
     // A window's kernel is compiled at loading; that it can't be is said there too.
     if (known_) shared().plan(matrix_, shared().compiled(gpu_, matrix_, 1).parts);
   }
-  ~Product() { api_.release(kReleaseOp, other_); }
-  Product(const Product&) = delete;
-  Product& operator=(const Product&) = delete;
-
   void compute(Handle context) {
     const Handle x = input(context, 0);
     std::vector<std::int64_t> shape = shape_of(x);
@@ -227,8 +235,7 @@ class Product {
     Handle facts = nullptr;
     std::size_t rank = 0;
     pass_on(api_.call(kGetTensorTypeAndShape, value, &facts));
-    const std::unique_ptr<void, std::function<void(Handle)>> owned(
-        facts, [this](Handle given) { api_.release(kReleaseTensorTypeAndShapeInfo, given); });
+    const Owned owned(facts, Release{&api_, kReleaseTensorTypeAndShapeInfo});
     pass_on(api_.call(kGetDimensionsCount, facts, &rank));
     std::vector<std::int64_t> shape(rank);
     pass_on(api_.call(kGetDimensions, facts, shape.data(), rank));
@@ -255,8 +262,8 @@ class Product {
   void invoke_other(Handle context, Handle y) {
     std::vector<Handle> inputs(inputs_);
     for (std::size_t index = 0; index < inputs_; ++index) inputs[index] = input(context, index);
-    pass_on(api_.call(kInvokeOp, context, other_, static_cast<const Handle*>(inputs.data()), static_cast<int>(inputs_),
-                      &y, 1));
+    pass_on(api_.call(kInvokeOp, context, other_.get(), static_cast<const Handle*>(inputs.data()),
+                      static_cast<int>(inputs_), &y, 1));
   }
 
   const Api& api_;
@@ -264,7 +271,7 @@ class Product {
   Gpu gpu_;
   bool known_ = false;
   std::size_t inputs_ = 0;
-  Handle other_ = nullptr;
+  Owned other_{nullptr, {}};
 };
 
 const Api* api_of_process = nullptr;

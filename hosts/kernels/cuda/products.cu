@@ -107,6 +107,15 @@ __device__ __forceinline__ u16 half_of(float value) {
   return half;
 }
 
+// Calls `use(index, row, output)` for each of the thread block's results, `index` its place among them.
+template <typename Use>
+__device__ __forceinline__ void for_results(int rows, Use use) {
+  for (int index = threadIdx.x; index < kRows * kOutputs; index += kThreads) {
+    const int row = index / kOutputs, output = blockIdx.x * kOutputs + index % kOutputs;
+    if (row < rows && output < OUTPUTS) use(index, row, output);
+  }
+}
+
 }  // namespace
 
 // weights: [OUTPUTS][BLOCKS][4 * BITS bytes], scales: float16 [OUTPUTS][BLOCKS], x: float16 [rows][32 * BLOCKS],
@@ -220,9 +229,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
         added[(along * kRows + row) * kOutputs + output] = sums[tile][of_rows][index];
       }
   __syncthreads();
-  for (int index = threadIdx.x; index < kRows * kOutputs; index += kThreads) {
-    const int row = index / kOutputs, output = blockIdx.x * kOutputs + index % kOutputs;
-    if (row >= rows || output >= OUTPUTS) continue;
+  for_results(rows, [&](int index, int row, int output) {
     float sum = 0;
 #pragma unroll
     for (int of_warp = 0; of_warp < ALONG; ++of_warp) sum += added[of_warp * kRows * kOutputs + index];
@@ -230,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
       y[(long long)row * OUTPUTS + output] = half_of(sum);
     else
       partial[((long long)blockIdx.y * kRows + row) * OUTPUTS + output] = sum;
-  }
+  });
   if (PARTS == 1) return;
 
   // Who comes last adds up the parts of the input, in their order.
@@ -241,14 +248,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
   __syncthreads();
   if (!last) return;
   __threadfence();
-  for (int index = threadIdx.x; index < kRows * kOutputs; index += kThreads) {
-    const int row = index / kOutputs, output = blockIdx.x * kOutputs + index % kOutputs;
-    if (row >= rows || output >= OUTPUTS) continue;
+  for_results(rows, [&](int, int row, int output) {
     float sum = 0;
 #pragma unroll
     for (int part = 0; part < PARTS; ++part)
       sum += __ldcg(&partial[((long long)part * kRows + row) * OUTPUTS + output]);
     y[(long long)row * OUTPUTS + output] = half_of(sum);
-  }
+  });
   if (threadIdx.x == 0) tickets[blockIdx.x] = 0;
 }
