@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mirror.targets.base import Copier
 from mirror.targets.onnxruntime_session import OnnxRuntimeDevice, Provider
 
 
@@ -48,20 +49,29 @@ class FakeStream:
     def clear(self, address: int, size: int) -> None:
         ctypes.memset(address, 0, size)
 
-    def upload(self, address: int, source: np.ndarray[Any, Any]) -> None:
-        self.log.append("upload")
-        ctypes.memmove(address, source.ctypes.data, source.nbytes)
+    def uploader(self, address: int, source: np.ndarray[Any, Any]) -> Copier:
+        def upload() -> None:
+            self.log.append("upload")
+            ctypes.memmove(address, source.ctypes.data, source.nbytes)
 
-    def start_download(self, target: np.ndarray[Any, Any], address: int) -> None:
-        ctypes.memmove(target.ctypes.data, address, target.nbytes)
+        return upload
+
+    def downloader(self, target: np.ndarray[Any, Any], address: int) -> Copier:
+        def download() -> None:
+            ctypes.memmove(target.ctypes.data, address, target.nbytes)
+
+        return download
 
     def download(self, target: np.ndarray[Any, Any], address: int) -> None:
-        self.start_download(target, address)
+        self.downloader(target, address)()
 
-    def spread(self, target: int, pitch: int, source: int, size: int, count: int) -> None:
-        self.log.append("spread")
-        for piece in range(count):
-            ctypes.memmove(target + piece * pitch, source + piece * size, size)
+    def spreader(self, target: int, pitch: int, source: int, size: int, count: int) -> Copier:
+        def spread() -> None:
+            self.log.append("spread")
+            for piece in range(count):
+                ctypes.memmove(target + piece * pitch, source + piece * size, size)
+
+        return spread
 
     def wait(self) -> None:
         self.log.append("stream wait")

@@ -16,7 +16,7 @@ from mirror.runtime.logits import Logits
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Mode
 from mirror.runtime.sampling import Sampler, SamplingParams
-from mirror.targets.base import Tensor
+from mirror.targets.base import Copier, Tensor
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.onnxruntime_session import Buffer
 from mirror.targets.watched import Pass, WatchedDevice
@@ -39,12 +39,15 @@ class _CopyLog:
     def pinned(self, dtype: str, shape: Sequence[int]) -> np.ndarray[Any, Any]:
         return np.zeros(shape, dtype)
 
-    def start_download(self, target: np.ndarray[Any, Any], address: int) -> None:
-        self.copied.append(target.nbytes)
-        ctypes.memmove(target.ctypes.data, address, target.nbytes)
+    def downloader(self, target: np.ndarray[Any, Any], address: int) -> Copier:
+        def download() -> None:
+            self.copied.append(target.nbytes)
+            ctypes.memmove(target.ctypes.data, address, target.nbytes)
+
+        return download
 
     def download(self, target: np.ndarray[Any, Any], address: int) -> None:
-        self.start_download(target, address)
+        self.downloader(target, address)()
 
     def wait(self) -> None:
         self.waits += 1

@@ -5,15 +5,48 @@ Knows integers only. A graph takes what it declares out of these; see `docs/bund
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mirror.runtime.records import Ints
 from mirror.targets.base import Tensor
 
 NO_BRANCH = -1  # in slot_branch: a slot of the trunk, or an empty one
 TRUNK_ROW = -2  # in row_branch: a row that sees no branch
+
+
+@dataclass(frozen=True)
+class LineRows:
+    """The rows of a pass over one line of tokens and streams behind it, relative to the first free slot.
+
+    Attributes:
+        positions: int64 [width], padding included, as in the others.
+        visible: int32 [width].
+        branches: int32 [width]; streams are a branch of their own, 0.
+        wanted: int64 [1, 1 + streams], the last token's row and the streams'.
+    """
+
+    positions: Ints
+    visible: NDArray[np.int32]
+    branches: NDArray[np.int32]
+    wanted: Ints
+
+
+@functools.cache
+def line_rows(count: int, streams: int, width: int) -> LineRows:
+    """Return the rows of `count` tokens and some streams, padded to a width."""
+    rows = np.arange(width)
+    real = rows < count + streams
+    return LineRows(
+        positions=np.where(real, rows, 0),
+        visible=np.where(real, np.minimum(rows + 1, count), 1).astype(np.int32),
+        branches=np.where((rows >= count) & real, 0, TRUNK_ROW).astype(np.int32),
+        wanted=np.arange(count - 1, count + streams)[None],
+    )
 
 
 class PassFeeds:
@@ -68,8 +101,12 @@ class PassFeeds:
 
         Padding rows carry no branch and see the trunk of row 0, so no row sees them.
         """
-        count = tokens.shape[0]
         self._fill_ids(tokens)
+        self.place_rows(positions, visible, branches, past_length)
+
+    def place_rows(self, positions: Ints, visible: Ints, branches: Ints, past_length: int) -> None:
+        """Fill as `fill_rows` does, all but the ids."""
+        count = positions.shape[0]
         self._positions[0, :count] = positions
         self._positions[0, count:] = positions[0]
         np.minimum(self._positions, self._last_position, out=self._positions)
@@ -79,9 +116,21 @@ class PassFeeds:
         self._branch[count:] = TRUNK_ROW
         self._fill_cursor(past_length)
 
+    def place_line(self, line: LineRows, past_length: int) -> None:
+        """Fill for one line and its streams, appended after `past_length` slots, all but the ids."""
+        np.add(line.positions, past_length, out=self._positions[0])
+        np.minimum(self._positions, self._last_position, out=self._positions)
+        np.add(line.visible, past_length, out=self._visible, casting="unsafe")
+        self._branch[:] = line.branches
+        self._fill_cursor(past_length)
+
+    def pad_ids(self, count: int) -> None:
+        """Let padding repeat the last of the first `count` ids."""
+        self._ids[0, count:] = self._ids[0, count - 1]
+
     def _fill_ids(self, tokens: Ints) -> None:
         self._ids[0, : tokens.shape[0]] = tokens
-        self._ids[0, tokens.shape[0] :] = tokens[-1]
+        self.pad_ids(tokens.shape[0])
 
     def _fill_cursor(self, past_length: int) -> None:
         self._past[0] = past_length

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-
 from mirror.runtime.records import Ints
 from mirror.targets.base import DeviceTensor, Fetched, FollowOn
 
@@ -28,8 +26,8 @@ class Guess(Protocol):
         """Tokens of each."""
         ...
 
-    def known(self) -> Ints:
-        """Return what is at hand, int64 `[branches, count]`; zeros for tokens that aren't."""
+    def known(self) -> Ints | None:
+        """Return the tokens, int64 `[branches, count]`, None while they are on a device's way."""
         ...
 
     def fetch(self) -> Guess:
@@ -101,9 +99,8 @@ class Launched:
     first: int = 0
     fetched: Fetched | None = None
 
-    def known(self) -> Ints:
-        """Return zeros."""
-        return np.zeros((self.branches, self.count), np.int64)
+    def known(self) -> None:
+        """Return None: a device has them."""
 
     def fetch(self) -> Launched:
         """Start to bring the tokens to the host, before a later pass writes over them."""

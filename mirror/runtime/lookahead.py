@@ -6,6 +6,7 @@ row that follows it. The next pass feeds them all as real rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,11 @@ def branch_passes(tokens_per_pass: Sequence[int], depth: int, first: int = 1) ->
         tokens_per_pass: at most so many in pass 0, 1, ...; the last number repeats.
         first: tokens that the first pass has to read.
     """
+    return _branch_passes(tuple(tokens_per_pass), depth, first)
+
+
+@functools.cache  # each round asks again
+def _branch_passes(tokens_per_pass: tuple[int, ...], depth: int, first: int) -> tuple[BranchPass, ...]:
     passes: list[BranchPass] = []
     left = depth
     while left > 0:

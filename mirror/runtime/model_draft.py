@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,7 +18,7 @@ from mirror.bundle import NOISE_POSITIONS
 from mirror.runtime.candidates import CandidateSource, by_likelihood, choose_branches, likeliest
 from mirror.runtime.draft import Meeting
 from mirror.runtime.features import FeatureStore
-from mirror.runtime.feeds import NO_BRANCH, TRUNK_ROW, FeedPool, PassFeeds, chunk_width, fit_width
+from mirror.runtime.feeds import NO_BRANCH, FeedPool, PassFeeds, chunk_width, fit_width, line_rows
 from mirror.runtime.guesses import Guess, Known, Launched
 from mirror.runtime.lookahead import BranchPass, branch_passes, branches_at
 from mirror.runtime.noise_table import NoiseTable
@@ -200,15 +201,14 @@ class ModelDraft:
         """Run one pass of the trunk's next tokens, one line; return the `gives` likeliest after the last one."""
         past, count = self._filled, tokens.count
         rows = count + gives - 1
-        feeds = self._pool.at(width)
-        places = past + np.arange(rows)
-        visible = np.minimum(places + 1, past + count)
-        branches = np.where(places < past + count, TRUNK_ROW, 0)
-        self._pool.slot_branch[past + count : past + rows] = 0
-        feeds.fill_rows(self._ids(tokens, gives), places, visible, branches, past)
-        wanted = np.arange(count - 1, rows)[None]
-        chosen = self._choose(feeds, tokens, places, wanted, past, self._known, noise)
-        self._pool.slot_branch[past + count : past + rows] = NO_BRANCH
+        feeds, line = self._pool.at(width), line_rows(count, gives - 1, width)
+        streams = self._pool.slot_branch[past + count : past + rows]
+        streams[:] = 0
+        self._fill_ids(feeds, tokens, gives)
+        feeds.place_line(line, past)
+        places = past + line.positions[:rows]
+        chosen = self._choose(feeds, tokens, places, line.wanted, past, self._known, noise)
+        streams[:] = NO_BRANCH
         self._filled += count
         return chosen
 
@@ -287,24 +287,30 @@ class ModelDraft:
         """
         count = rows.size * item.rows
         feeds = self._pool.at(fit_width(self._segments.branch.widths, count))
-        places = (starts[:, None] + read + np.arange(item.rows)).reshape(-1)
-        owners = np.repeat(rows, item.rows)
+        places = (starts[:, None] + (read + np.arange(item.rows))).reshape(-1)
         slots = self._pool.slot_branch[slot : slot + count].reshape(rows.size, item.rows)
         slots[...] = rows[:, None]
-        feeds.fill_rows(self._ids(tokens, item.gives), places, np.repeat(starts, item.rows), owners, slot)
-        wanted = (np.arange(rows.size) * item.rows)[:, None] + item.real - 1 + np.arange(item.gives)
+        self._fill_ids(feeds, tokens, item.gives)
+        feeds.place_rows(places, np.repeat(starts, item.rows), np.repeat(rows, item.rows), slot)
+        wanted = _wanted_rows(rows.size, item)
         # The token before a branch's second one is the branch's own, which the target has not seen.
-        fed = np.repeat(np.minimum(starts, self._known), item.rows)
+        fed = 0 if self._features is None else np.repeat(np.minimum(starts, self._known), item.rows)
         chosen = self._choose(feeds, tokens, places, wanted, slot, fed, noise)
         slots[:, item.real :] = NO_BRANCH  # a stream is seen by its own pass alone
         return slot + feeds.width, chosen
 
     # One pass.
 
-    def _ids(self, tokens: Guess, gives: int) -> Ints:
-        """Return a pass's ids, each branch's tokens and its streams, int64 [rows]; any for what isn't there yet."""
-        streams = np.broadcast_to(self._streams(gives), (tokens.branches, gives - 1))
-        return np.concatenate([self._embeddable(tokens.known()), streams], axis=1).reshape(-1)
+    def _fill_ids(self, feeds: PassFeeds, tokens: Guess, gives: int) -> None:
+        """Fill a pass's ids, each branch's tokens and its streams; what isn't there yet stays as it was."""
+        rows = tokens.count + gives - 1
+        count = tokens.branches * rows
+        ids = feeds.ids[0, :count].reshape(tokens.branches, rows)
+        if (known := tokens.known()) is not None:
+            ids[:, : tokens.count] = self._embeddable(known)
+        if gives > 1:
+            ids[:, tokens.count :] = self._streams(gives)
+        feeds.pad_ids(count)
 
     def _choose(
         self,
@@ -400,6 +406,12 @@ class ModelDraft:
         first = np.where(unknown.any(axis=1), unknown.argmax(axis=1), continuations.shape[1])
         cut: Ints = np.minimum(lengths, first)
         return cut
+
+
+@functools.cache
+def _wanted_rows(branches: int, item: BranchPass) -> Ints:
+    """Return the rows of a pass over branches whose tokens are wanted, int64 [branches, gives]."""
+    return (np.arange(branches) * item.rows)[:, None] + item.real - 1 + np.arange(item.gives)
 
 
 def _still_wanted(rows: Ints, branches: Branches, meeting: Meeting, limit: int) -> Ints:

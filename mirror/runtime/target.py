@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class TargetSegments:
     suffix_cache: KVCache
     apart: bool = False
 
-    @property
+    @functools.cached_property
     def widths(self) -> tuple[int, ...] | None:
         """The widths that prefix and suffix both take, ascending; None when they take any."""
         fixed = [set(part.widths) for part in (self.prefix, self.suffix) if part.widths is not None]

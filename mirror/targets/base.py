@@ -78,6 +78,9 @@ class LoadRequest:
 # Waits for values that are on their way to host memory and returns them, an array of the caller's own. Call it once.
 Fetched = Callable[[], Array]
 
+# Launches one copy; the same one at every call. Made once, since what a copy says takes longer to say than to launch.
+Copier = Callable[[], None]
+
 
 class DeviceTensor(Protocol):
     """A tensor that may live on a device; only a segment on the same device can take it as it is."""

@@ -21,7 +21,7 @@ import numpy as np
 from onnxruntime.capi import build_and_package_info
 
 from mirror.errors import DeviceError
-from mirror.targets.base import Array
+from mirror.targets.base import Array, Copier
 from mirror.targets.cuda_driver import PartStream, multiprocessors, part_stream
 
 _LOG = logging.getLogger("mirror")
@@ -72,6 +72,7 @@ class CudaStream:
             assert stream.value is not None
             part = PartStream(stream.value, None)
         self.handle = part.handle
+        self._stream = ctypes.c_void_p(self.handle)
         self.multiprocessors = part.multiprocessors
 
     def pinned(self, dtype: str, shape: Sequence[int]) -> Array:
@@ -93,22 +94,23 @@ class CudaStream:
         """Write zeros over device memory."""
         _call("cudaMemsetAsync", ctypes.c_void_p(address), 0, ctypes.c_size_t(size), self._stream)
 
-    def upload(self, address: int, source: Array) -> None:
-        """Copy a pinned array to device memory, in order; `source` must stay unchanged until then."""
-        self._copy(address, source.ctypes.data, source.nbytes, _HOST_TO_DEVICE)
+    def uploader(self, address: int, source: Array) -> Copier:
+        """Return what copies a pinned array to device memory, in order; it must stay unchanged until then."""
+        return self._copier(address, source.ctypes.data, source.nbytes, _HOST_TO_DEVICE)
 
-    def start_download(self, target: Array, address: int) -> None:
-        """Copy device memory to a pinned array, in order; nothing waits for it."""
-        self._copy(target.ctypes.data, address, target.nbytes, _DEVICE_TO_HOST)
+    def downloader(self, target: Array, address: int) -> Copier:
+        """Return what copies device memory to a pinned array, in order; nothing waits for it."""
+        return self._copier(target.ctypes.data, address, target.nbytes, _DEVICE_TO_HOST)
 
     def download(self, target: Array, address: int) -> None:
         """Copy device memory to a pinned array, after all that was launched before, and wait for it."""
-        self.start_download(target, address)
+        self.downloader(target, address)()
         self.wait()
 
-    def spread(self, target: int, pitch: int, source: int, size: int, count: int) -> None:
-        """Copy pieces within device memory, in order: each of `size` bytes from one run to every `pitch` bytes."""
-        _call(
+    def spreader(self, target: int, pitch: int, source: int, size: int, count: int) -> Copier:
+        """Return what copies pieces within device memory, in order: each of `size` bytes, to every `pitch` bytes."""
+        return functools.partial(
+            _call,
             "cudaMemcpy2DAsync",
             *(ctypes.c_void_p(target), ctypes.c_size_t(pitch), ctypes.c_void_p(source), ctypes.c_size_t(size)),
             *(ctypes.c_size_t(size), ctypes.c_size_t(count), ctypes.c_int(_DEVICE_TO_DEVICE), self._stream),
@@ -146,13 +148,11 @@ class CudaStream:
         self._select()
         return CudaMark(self._stream)
 
-    @property
-    def _stream(self) -> ctypes.c_void_p:
-        return ctypes.c_void_p(self.handle)
-
-    def _copy(self, target: int, source: int, size: int, kind: int) -> None:
+    def _copier(self, target: int, source: int, size: int, kind: int) -> Copier:
         pointers = ctypes.c_void_p(target), ctypes.c_void_p(source)
-        _call("cudaMemcpyAsync", *pointers, ctypes.c_size_t(size), ctypes.c_int(kind), self._stream)
+        return functools.partial(
+            _call, "cudaMemcpyAsync", *pointers, ctypes.c_size_t(size), ctypes.c_int(kind), self._stream
+        )
 
     def _part(self, share: float, priority: int) -> PartStream | None:
         _call("cudaFree", None)  # makes the context that the part belongs to

@@ -22,6 +22,7 @@ from mirror.bundle import Form, Graph, LayerKV, Segment, TensorSpec, kv_names
 from mirror.errors import DeviceError
 from mirror.targets.base import (
     Array,
+    Copier,
     Fetched,
     FollowOn,
     KVCache,
@@ -102,20 +103,20 @@ class DeviceStream(Protocol):
         """Write zeros over device memory."""
         ...
 
-    def upload(self, address: int, source: Array) -> None:
-        """Copy a pinned array to the device, in order."""
+    def uploader(self, address: int, source: Array) -> Copier:
+        """Return what copies a pinned array to the device, in order."""
         ...
 
-    def start_download(self, target: Array, address: int) -> None:
-        """Copy device memory to a pinned array, in order; nothing waits for it."""
+    def downloader(self, target: Array, address: int) -> Copier:
+        """Return what copies device memory to a pinned array, in order; nothing waits for it."""
         ...
 
     def download(self, target: Array, address: int) -> None:
         """Copy device memory to a pinned array, in order, and wait for it."""
         ...
 
-    def spread(self, target: int, pitch: int, source: int, size: int, count: int) -> None:
-        """Copy pieces within device memory, in order: each of `size` bytes from one run to every `pitch` bytes."""
+    def spreader(self, target: int, pitch: int, source: int, size: int, count: int) -> Copier:
+        """Return what copies pieces within device memory, in order: each of `size` bytes, to every `pitch` bytes."""
         ...
 
     def wait(self) -> None:
@@ -175,7 +176,7 @@ class Buffer:
         self.stream = stream
         self._dtype = dtype
         self._host: Array | None = None
-        self._places: list[tuple[Array, Mark]] = []  # where fetched values may land
+        self._places: list[tuple[Array, Copier, Mark]] = []  # where fetched values may land
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -218,20 +219,21 @@ class Buffer:
         if self.stream is None or self._dtype == "bfloat16":
             values = self.numpy().copy()
             return lambda: values
-        stream = self.stream
-        place, mark = (
-            self._places.pop() if self._places else (stream.pinned(self._dtype, self.value.shape()), stream.mark())
-        )
-        stream.start_download(place, self.value.data_ptr())
+        place, download, mark = self._places.pop() if self._places else self._new_place(self.stream)
+        download()
         mark.renew()
 
         def arrived() -> Array:
             mark.wait()
             found = place.copy()
-            self._places.append((place, mark))
+            self._places.append((place, download, mark))
             return found
 
         return arrived
+
+    def _new_place(self, stream: DeviceStream) -> tuple[Array, Copier, Mark]:
+        place = stream.pinned(self._dtype, self.value.shape())
+        return place, stream.downloader(place, self.value.data_ptr()), stream.mark()
 
 
 def make_buffer(memory: Memory, dtype: str, shape: Sequence[int], stream: DeviceStream | None = None) -> Buffer:
@@ -301,7 +303,7 @@ class BufferTable:
     def write(self, row: int, values: Array) -> None:
         """Write one row; see `base.RowTable.write`."""
         self._host[row] = values
-        self._stream.upload(self.tensor.value.data_ptr() + row * self._host[row].nbytes, self._host[row])
+        self._stream.uploader(self.tensor.value.data_ptr() + row * self._host[row].nbytes, self._host[row])()
 
     def wait(self) -> None:
         """Wait until the rows written so far have arrived."""
@@ -322,6 +324,8 @@ class _StagingBlock:
         self._pinned = stream.pinned("uint8", (size,))
         self._device = make_buffer_of_bytes(memory, size)
         self._stream = stream
+        self._upload = stream.uploader(self._device.data_ptr(), self._pinned)
+        self._follow: dict[tuple[str, int, int, int, int], Copier] = {}
         self._mark = stream.mark()
         self.arrays: dict[str, Array] = {}
         self.addresses: dict[str, int] = {}
@@ -336,7 +340,7 @@ class _StagingBlock:
 
     def upload(self) -> None:
         """Copy the block to the device, in order."""
-        self._stream.upload(self._device.data_ptr(), self._pinned)
+        self._upload()
         self._mark.renew()
 
     def follow(self, name: str, feed: FollowOn) -> None:
@@ -344,7 +348,13 @@ class _StagingBlock:
         assert isinstance(feed.given, Buffer)
         size = self.arrays[name].itemsize
         source = feed.given.value.data_ptr() + feed.first * size
-        self._stream.spread(self.addresses[name], feed.stride * size, source, feed.count * size, feed.groups)
+        key = name, source, feed.groups, feed.count, feed.stride
+        copy = self._follow.get(key)
+        if copy is None:
+            copy = self._follow[key] = self._stream.spreader(
+                self.addresses[name], feed.stride * size, source, feed.count * size, feed.groups
+            )
+        copy()
 
 
 def make_buffer_of_bytes(memory: Memory, size: int) -> ort.OrtValue:
@@ -411,6 +421,7 @@ class OnnxRuntimeSegment:
         self._outputs = graph.outputs
         self._past = tuple(spec.name for spec in graph.inputs if spec.name.startswith("past_key_values."))
         self._names = frozenset(spec.name for spec in self._inputs)
+        self._sized = provider.sized_inputs & self._names
         self._bound: OrderedDict[tuple[int, ...], Bound] = OrderedDict()
         self._options = _run_options(provider)
 
@@ -445,7 +456,9 @@ class OnnxRuntimeSegment:
         following: list[tuple[str, FollowOn]] = []
         for name, array in bound.staging.items():
             feed = feeds[name]
-            if isinstance(feed, FollowOn) and self._is_ours(feed.given):
+            if isinstance(feed, np.ndarray):
+                array[...] = feed
+            elif isinstance(feed, FollowOn) and self._is_ours(feed.given):
                 array[...] = feed.ids
                 following.append((name, feed))
             else:
@@ -503,7 +516,7 @@ class OnnxRuntimeSegment:
 
     def _total(self, feeds: Mapping[str, Tensor], cache: KVCache | None) -> int:
         """Return the total that the binding of a pass is for; 0 where each pass brings its own."""
-        if cache is None or _TOTAL not in self._provider.sized_inputs & self._names:
+        if cache is None or _TOTAL not in self._sized:
             return 0
         if BRANCH_MAP not in self._names:
             return cache.capacity
@@ -512,11 +525,11 @@ class OnnxRuntimeSegment:
 
     def _given(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Buffer]:
         """Return the inputs that are bound as they are: tensors of this device, ordered by its own stream."""
-        found = {name: feeds.get(name) for name in self._names}
+        stream = self._provider.stream
         return {
             name: tensor
-            for name, tensor in found.items()
-            if isinstance(tensor, Buffer) and tensor.stream is self._provider.stream
+            for name, tensor in feeds.items()
+            if isinstance(tensor, Buffer) and tensor.stream is stream and name in self._names
         }
 
     def _bind(self, width: int, rows: int, total: int, cache: KVCache | None, given: Mapping[str, Buffer]) -> Bound:
@@ -527,7 +540,7 @@ class OnnxRuntimeSegment:
         past = cache.buffers if isinstance(cache, OnnxRuntimeCache) else {}
         known = {name: buffer.value for name, buffer in given.items()}
         known |= {name: past[name].value for name in self._past}
-        for name in self._provider.sized_inputs & self._names:
+        for name in self._sized:
             known[name] = ort.OrtValue.ortvalue_from_numpy(np.array(total, np.int32))
         for name, value in known.items():
             binding.bind_ortvalue_input(name, value)
