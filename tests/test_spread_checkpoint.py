@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from mirror.bench.spread_checkpoint import Shape, spread_checkpoint, spread_layer  # noqa: E402
-from mirror.bench.spread_distilled import spread_distilled  # noqa: E402
+from mirror.bench.spread_distilled import spread_distilled, write_own_draft  # noqa: E402
 from mirror.distill.heads import ExitHead  # noqa: E402
 from mirror.errors import ExportError  # noqa: E402
 from mirror.export.checkpoint import open_checkpoint  # noqa: E402
@@ -145,6 +145,13 @@ def test_what_was_distilled_fits_the_big_target(small: Path, tmp_path: Path) -> 
     draft = load_file(tmp_path / "wide" / "draft" / "model.safetensors")
     assert draft["features.weight"].shape == (32, BIG.hidden_size)
     assert draft["features.norm.weight"].shape == (BIG.hidden_size,)
+
+
+def test_a_draft_may_have_the_cost_of_a_larger_model(small: Path, tmp_path: Path) -> None:
+    write_distilled(tmp_path / "distilled", small)
+    write_own_draft(tmp_path / "distilled", open_checkpoint(str(small)), tmp_path / "own")
+    spread_checkpoint(str(tmp_path / "own"), tmp_path / "draft", BIG, dtype="float32")
+    assert near(run(tmp_path / "draft").logits, run(small).logits, 1e-2)
 
 
 def test_what_belongs_to_another_model_is_refused(tmp_path: Path) -> None:

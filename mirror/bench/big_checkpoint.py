@@ -41,7 +41,28 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "vocab_size": 151936,
     },
+    "smollm2-360m": {
+        "model_type": "llama",
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "head_dim": 64,
+        "vocab_size": 49152,
+    },
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+    },
 }
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _SHARD_BYTES = 4 * 10**9
 
 
@@ -62,8 +83,9 @@ def main(out: Path, shape: str) -> None:
 def make_config(shape: str) -> PretrainedConfig:
     """Return the config of a named shape."""
     facts = dict(SHAPES[shape])
-    config = AutoConfig.for_model(facts.pop("model_type"), **facts, dtype="float16", max_position_embeddings=40960)
-    config.architectures = ["Qwen3ForCausalLM"]
+    family = facts.pop("model_type")
+    config = AutoConfig.for_model(family, **facts, dtype="float16", max_position_embeddings=40960)
+    config.architectures = [_CLASSES[family]]
     return config
 
 

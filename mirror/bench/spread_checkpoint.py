@@ -1,11 +1,13 @@
 """Write a small model's function at a big model's cost.
 
     python -m mirror.bench.spread_checkpoint MODEL OUT --shape qwen3-14b [--distilled FOLDER] [--pad-vocabulary]
+        [--draft-shape smollm2-360m]
 
 The small model's weights are placed inside the big model's shape: its heads among more heads of a wider
 kind, its channels among more channels, its layers spread evenly among layers that add nothing. So every
 token is the small model's, and every byte moved and every product computed is the big model's. `OUT/target`
-is the checkpoint, `OUT/distilled` what `mirror distill` made for the small model, fitted to it.
+is the checkpoint, `OUT/distilled` what `mirror distill` made for the small model, fitted to it, and `OUT/draft`
+the function of its draft at the cost of a model that was not made to be one.
 
 How the function is kept. Channels past the small model's are zero in the residual stream, always:
 - A matrix that reads the stream may hold anything in the columns of such channels; random numbers stand
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -438,17 +441,28 @@ def _check_fits(small: Checkpoint, shape: Shape) -> None:
 @click.option(
     "--distilled", type=click.Path(path_type=Path), help="What `mirror distill` made for MODEL, to be fitted."
 )
+@click.option("--draft-shape", type=click.Choice(sorted(SHAPES)), help="Write the draft of --distilled in it too.")
 @click.option("--pad-vocabulary", is_flag=True, help="Give the vocabulary the shape's size too.")
 @click.option("--seed", default=0, show_default=True)
-def main(model: str, out: Path, shape: str, distilled: Path | None, pad_vocabulary: bool, seed: int) -> None:
-    """Write MODEL in another model's SHAPE, float16, into OUT/target (and OUT/distilled)."""
-    from mirror.bench.spread_distilled import spread_distilled
+def main(
+    model: str, out: Path, shape: str, distilled: Path | None, draft_shape: str | None, pad_vocabulary: bool, seed: int
+) -> None:
+    """Write MODEL in another model's SHAPE, float16, into OUT/target (and OUT/distilled, OUT/draft)."""
+    from mirror.bench.spread_distilled import spread_distilled, write_own_draft
+
+    if draft_shape is not None and distilled is None:
+        raise click.UsageError("--draft-shape is for the draft of --distilled; give that too")
 
     started_s = time.perf_counter()
     try:
         small = spread_checkpoint(model, out / "target", Shape.named(shape), pad_vocabulary=pad_vocabulary, seed=seed)
         if distilled is not None:
             spread_distilled(distilled, small, out / "target", out / "distilled")
+        if distilled is not None and draft_shape is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                own = Path(folder) / "draft"
+                write_own_draft(distilled, small, own)
+                spread_checkpoint(str(own), out / "draft", Shape.named(draft_shape), seed=seed)
     except MirrorError as error:
         raise click.ClickException(str(error)) from error
     size = sum(path.stat().st_size for path in (out / "target").iterdir())

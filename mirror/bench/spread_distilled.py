@@ -27,6 +27,7 @@ from mirror.errors import ExportError, MirrorError
 from mirror.export.checkpoint import Checkpoint, open_checkpoint, tokenizer_fingerprint
 
 _RECORD, _DRAFT_FILE = "distill.json", Path("draft") / "model.safetensors"
+_FORMAT = {"format": "pt"}
 _SCALE = ".scale"  # the rows' scales of a tensor that is stored as int8
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -58,6 +59,32 @@ def spread_distilled(folder: Path, small: Checkpoint, target: Path, out: Path) -
         _write_draft(folder, small, big, out)
     text = json.dumps(_record(record, small, big), indent=1)
     (out / _RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def write_own_draft(folder: Path, small: Checkpoint, out: Path) -> None:
+    """Write a distilled draft as a model like any other: embedding and tokenizer its own, float16, without streams.
+
+    Args:
+        folder: what was distilled for `small`.
+    """
+    stored = _floats(load_file(folder / _DRAFT_FILE))
+    tensors = {name: tensor.astype(np.float16) for name, tensor in stored.items() if name.startswith("model.")}
+    config = AutoConfig.from_pretrained(folder / "draft")
+    out.mkdir(parents=True)
+    save_file({**tensors, **_vocabulary(small, tied=config.tie_word_embeddings)}, out / _DRAFT_FILE.name, _FORMAT)
+    config.save_pretrained(out)
+    small.write_tokenizer(out)
+
+
+def _vocabulary(small: Checkpoint, *, tied: bool) -> dict[str, NDArray[np.float16]]:
+    """Return a model's embedding, and its LM head where that is another matrix."""
+    tensors = {}
+    for name in ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"]:
+        found = small.weights.find((name,))
+        if found is None:
+            raise ExportError(f"{small.name} has no tensor {name} to give to its draft")
+        tensors[name] = found.tensor.numpy().astype(np.float16)
+    return tensors
 
 
 def _record(record: dict[str, Any], small: Checkpoint, big: Checkpoint) -> dict[str, Any]:
@@ -92,16 +119,9 @@ def _write_draft(folder: Path, small: Checkpoint, big: Checkpoint, out: Path) ->
     if features:
         tensors.update(_widen(features, small, big, ("features.norm", "features")))
     config = AutoConfig.from_pretrained(folder / "draft")
-    names = (
-        ["model.embed_tokens.weight"] if config.tie_word_embeddings else ["model.embed_tokens.weight", "lm_head.weight"]
-    )
-    for name in names:
-        found = small.weights.find((name,))
-        if found is None:
-            raise ExportError(f"{small.name} has no tensor {name} to give to its draft")
-        tensors[name] = found.tensor.numpy().astype(np.float16)
+    tensors.update(_vocabulary(small, tied=config.tie_word_embeddings))
     (out / "draft").mkdir()
-    save_file(tensors, out / _DRAFT_FILE, {"format": "pt"})
+    save_file(tensors, out / _DRAFT_FILE, _FORMAT)
     config.save_pretrained(out / "draft")
 
 
