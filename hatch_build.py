@@ -29,9 +29,8 @@ _FLAGS = {
     "avx512.cpp": _AVX512,
     "amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
-# An operator for GPUs, whose kernel travels as text in the library and is compiled for the GPU at hand.
-_GPU_SOURCE = "cuda/products.cu"
-_GPU_FILES = ("cuda/products.cpp", "cuda/driver.cpp")
+# Operators for GPUs, whose kernels travel as text in the library and are compiled for the GPU at hand.
+_GPU_FILES = tuple(f"cuda/{name}.cpp" for name in ("attention", "driver", "operators", "products", "workspace"))
 _COMMON = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
     # GCC 12 warns about its own header.
@@ -75,7 +74,7 @@ def _compile(compiler: str, sources: Path, library: Path) -> None:
 
     files: dict[str, list[str]] = dict(_FLAGS)
     if sys.platform == "linux":
-        files |= {name: [f'-DMIRROR_PRODUCTS_SOURCE="{sources / _GPU_SOURCE}"'] for name in _GPU_FILES}
+        files |= {name: [f'-DMIRROR_CUDA_FOLDER="{sources / "cuda"}"'] for name in _GPU_FILES}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         objects = {name: str(Path(folder, f"{Path(name).name}.o")) for name in files}
         jobs = [

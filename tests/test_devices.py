@@ -203,7 +203,7 @@ def test_a_build_with_cuda_and_no_gpu_names_the_driver(monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("two_gpus")
 def test_gpus_are_listed_and_opened_by_index() -> None:
     listed = [device for device in list_devices() if device.name.startswith("cuda")]
-    without = "; int4 and int8 by ONNX Runtime alone: "
+    without = "; by ONNX Runtime's kernels alone: "
     found = [(device.name, device.description.partition(without)[0]) for device in listed]
     assert found == [("cuda:0", "NVIDIA A"), ("cuda:1", "NVIDIA B")]
     device = open_device("cuda:1")

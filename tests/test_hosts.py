@@ -113,23 +113,25 @@ def test_cpp_runs_drafts_by_kernels(cpp: Path, drafted: Path) -> None:
 
 def test_cpp_knows_the_kernels_for_gpus(cpp: Path, bundles: Path) -> None:
     """As far as a machine without a GPU can tell: what is missing is said, and sessions take the operator."""
-    passes([cpp / "mirror_gpu_products"])
+    passes([cpp / "mirror_gpu_operators"])
     if sys.platform == "linux":
-        passes([cpp / "mirror_gpu_products", cpp / "stand_ins", bundles])
+        passes([cpp / "mirror_gpu_operators", cpp / "stand_ins", bundles])
 
 
 PASSED_ON = """
 import ctypes, sys
 import numpy as np
 import onnxruntime as ort
+from mirror.bench.gpu_attention import Attention, Heads, random_inputs
 from mirror.bench.gpu_products import product_model, random_weights
 from tests.test_gpu_products import dequantised
 
 folder = sys.argv[1]
+library = f"{folder}/operators_on_cpu.so"
 kept = [ctypes.CDLL(f"{folder}/{name}") for name in ("libcuda.so.1", "libnvrtc.so.13")]
 for bits in (4, 8):
     options = ort.SessionOptions()
-    options.register_custom_ops_library(f"{folder}/products_on_cpu.so")
+    options.register_custom_ops_library(library)
     weights = [random_weights(40, 96, bits, seed) for seed in range(2)]
     session = ort.InferenceSession(product_model(weights, bits), options, providers=["CPUExecutionProvider"])
     for rows in (1, 3, 20):
@@ -137,13 +139,27 @@ for bits in (4, 8):
         for found, (blocks, scales) in zip(session.run(None, {"x": x}), weights):
             expected = x[0].astype(np.float32) @ dequantised(blocks, scales, bits).T
             np.testing.assert_allclose(found[0], expected, rtol=0, atol=5e-3 * np.abs(expected).max())
+for masked in (False, True):
+    heads = Heads(6, 2, 64, 128)
+    ours, theirs = (Attention(heads, 2, given, masked=masked, device="cpu") for given in (library, None))
+    for rows in (1, 5):
+        found = []
+        for session in (ours, theirs):
+            inputs = random_inputs(heads, rows, 20, masked=masked)
+            total = {} if masked else {"total": np.array(20 + rows, np.int32)}
+            binding, values = session.bind({**inputs, **total}, 20)
+            session.session.run_with_iobinding(binding)
+            found.append([values[name].numpy() for name in ("y0", "k0", "v0", "y1", "k1", "v1")])
+        for mine, other in zip(*found):
+            np.testing.assert_array_equal(mine, other)
+        assert found[0][0].any() and found[0][1][:, :, 20 + rows - 1].any()
 print("passed on")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernels for GPUs are built on Linux")
-def test_products_that_are_not_for_the_kernels_are_passed_on_to_onnxruntime(cpp: Path) -> None:
-    """By an operator for the CPU's provider, which stand-ins give a GPU that is too old."""
+def test_passes_that_are_not_for_the_kernels_are_passed_on_to_onnxruntime(cpp: Path) -> None:
+    """By operators for the CPU's provider, which stand-ins give a GPU that is too old."""
     command = [sys.executable, "-c", PASSED_ON, str(cpp / "stand_ins")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "passed on", done.stderr
@@ -168,7 +184,7 @@ def test_the_c_surface(cpp: Path, bundles: Path) -> None:
     passes([cpp / "mirror_c_api", bundles])
 
 
-SANITIZED = ("mirror_vectors", "mirror_faults", "mirror_kernels", "mirror_program", "mirror_gpu_products")
+SANITIZED = ("mirror_vectors", "mirror_faults", "mirror_kernels", "mirror_program", "mirror_gpu_operators")
 
 
 @pytest.fixture(scope="module", params=["address,undefined", "thread"])
@@ -186,7 +202,7 @@ def test_sanitizers_find_nothing(sanitized: Path, bundles: Path, drafted: Path, 
     halt = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
     arguments = {"mirror_vectors": [FOLDER, bundles], "mirror_faults": [bundles], "mirror_program": [drafted]}
     if sys.platform == "linux":
-        arguments["mirror_gpu_products"] = [sanitized / "stand_ins", bundles]
+        arguments["mirror_gpu_operators"] = [sanitized / "stand_ins", bundles]
     passes([sanitized / program, *arguments.get(program, [])], halt)
 
 

@@ -91,7 +91,7 @@ inline void store_rounded(uint8_t* p, F16 a) {
 constexpr int attention_rows = 3, attention_blocks = 2, mixed_tiles = 2;
 
 // totals += four products of 8 bits for each column, in place; see avx512.cpp.
-inline void add_products(__m256i& totals, __m256i inputs, __m256i weights) {
+inline void add_operators(__m256i& totals, __m256i inputs, __m256i weights) {
 #if defined(__GNUC__) && !defined(__clang__)
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(totals) : "x"(inputs), "x"(weights));
 #else
@@ -117,8 +117,8 @@ MIRROR_INLINE void add_up(__m256i (&totals)[rows][2], const uint8_t* a, int stri
       int32_t four;
       __builtin_memcpy(&four, a + row * stride + k, 4);
       const __m256i inputs = _mm256_set1_epi32(four);
-      add_products(totals[row][0], inputs, low);
-      add_products(totals[row][1], inputs, high);
+      add_operators(totals[row][0], inputs, low);
+      add_operators(totals[row][1], inputs, high);
     }
   }
 }

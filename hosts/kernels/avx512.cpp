@@ -11,7 +11,7 @@ using mirror_kernels::tile_columns;
 
 // totals += four products of 8 bits for each column, in place: through the intrinsic GCC 12 moves each total to another
 // register and back, which takes twice the time.
-inline void add_products(__m512i& totals, __m512i inputs, __m512i weights) {
+inline void add_operators(__m512i& totals, __m512i inputs, __m512i weights) {
 #if defined(__GNUC__) && !defined(__clang__)
   __asm__("vpdpbusd %2, %1, %0" : "+v"(totals) : "v"(inputs), "v"(weights));
 #else
@@ -71,7 +71,7 @@ void multiply_block(const Inputs& inputs, const Matrix& matrix, int tile, const 
         __builtin_memcpy(&four, inputs.rounded + row * inputs.stride + k, 4);
         const __m512i given = _mm512_set1_epi32(four);
         MIRROR_UNROLL
-        for (int i = 0; i < tiles; i++) add_products(totals[row][i], given, part[i]);
+        for (int i = 0; i < tiles; i++) add_operators(totals[row][i], given, part[i]);
       }
     }
     if constexpr (fine) {

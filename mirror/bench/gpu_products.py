@@ -20,7 +20,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from mirror.bench.provenance import provenance
 from mirror.targets.cuda import PROVIDER
-from mirror.targets.kernel_library import LIBRARY, products_missing
+from mirror.targets.kernel_library import LIBRARY, operators_missing
 
 BLOCK = 32
 ARMS = ("own", "onnxruntime", "fpa_intb", "fp16")
@@ -121,7 +121,7 @@ def time_us(session: ort.InferenceSession, rows: int, replays: int = 30) -> floa
 @click.option("--out", type=click.Path(path_type=Path), default=None)
 def main(sizes: str, row_counts: str, bit_counts: str, arms: str, out: Path | None) -> None:
     """Time products on the first GPU."""
-    if "own" in arms and (missing := products_missing()):
+    if "own" in arms and (missing := operators_missing()):
         raise click.ClickException(f"there are no kernels of mirror's own: {missing}")
     results = []
     for size in sizes.split(","):

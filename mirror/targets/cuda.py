@@ -18,7 +18,7 @@ from mirror.errors import DeviceError
 from mirror.targets.base import LoadRequest
 from mirror.targets.cuda_driver import load_driver
 from mirror.targets.cuda_runtime import CudaStream
-from mirror.targets.kernel_library import LIBRARY, chosen_products
+from mirror.targets.kernel_library import LIBRARY, chosen_operators
 from mirror.targets.onnxruntime_session import DeviceStream, Memory, OnnxRuntimeDevice, Provider
 
 PROVIDER = "CUDAExecutionProvider"
@@ -61,8 +61,8 @@ class CudaDevice(OnnxRuntimeDevice):
         if request.capacity >= _LONG_CAPACITY:
             provider = replace(provider, options={**provider.options, "sdpa_kernel": _WITHOUT_CUDNN})
         options = self.session_options(request.segment.name, request.threads)
-        # Half precision is what the kernels multiply; others are refused below.
-        if chosen_products() and all(layer.dtype == _HALF for layer in request.segment.kv):
+        # Half precision is what the kernels compute in; others are refused below.
+        if chosen_operators() and all(layer.dtype == _HALF for layer in request.segment.kv):
             options.register_custom_ops_library(str(LIBRARY))
         session = self._session_on(provider, path, options)
         if _ATTENTION in _operators_elsewhere(session):

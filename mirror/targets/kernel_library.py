@@ -1,8 +1,8 @@
 """The library of this package's own kernels, through its C interfaces (`hosts/kernels`).
 
 It is built with the package where there is a C++ compiler. It runs a draft's pass in one call on x86 CPUs with 8-bit
-dot products (AVX-VNNI, AVX-512 VNNI, AMX), draws tokens from rows of logits, and holds an operator that multiplies a
-few rows with int4 and int8 weights on NVIDIA GPUs. This module knows ctypes; nothing else does.
+dot products (AVX-VNNI, AVX-512 VNNI, AMX), draws tokens from rows of logits, and holds operators for NVIDIA GPUs:
+products with int4 and int8 weights and attention, of a few rows. This module knows ctypes; nothing else does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VARIABLE = "MIRROR_KERNELS"  # of the environment: off, or one of `KERNELS`; the
 KERNELS = ("amx", "avx512", "avx2")
 
 _VERSION = 2
-_PRODUCTS = "mirror_products_missing"
+_OPERATORS = "mirror_operators_missing"
 _KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "blocks_4": 3, "blocks_8": 4}
 
 
@@ -117,8 +117,8 @@ def _library() -> ctypes.CDLL | None:
     library.mirror_choose.restype = c_int64
     library.mirror_choose.argtypes = [c_void_p, c_int32, POINTER(_Law), c_int64]
     library.mirror_draft_run.argtypes = [c_void_p, c_void_p, POINTER(DraftPass)]
-    if hasattr(library, _PRODUCTS):
-        library.mirror_products_missing.restype = c_char_p
+    if hasattr(library, _OPERATORS):
+        library.mirror_operators_missing.restype = c_char_p
     for close in (library.mirror_draft_close, library.mirror_draft_team_close):
         close.restype = None
         close.argtypes = [c_void_p]
@@ -188,7 +188,7 @@ def row_chooser(
     return choose
 
 
-def products_missing() -> str | None:
+def operators_missing() -> str | None:
     """Return why GPUs have no products of this package's own and what to do, None if they have.
 
     CUDA's libraries that come as Python packages must have been loaded: they are looked for by name.
@@ -196,15 +196,15 @@ def products_missing() -> str | None:
     library = _library()
     if library is None:
         return kernels_missing()
-    if not hasattr(library, _PRODUCTS):
+    if not hasattr(library, _OPERATORS):
         return "mirror's kernels for GPUs are built on Linux alone"
-    reason = library.mirror_products_missing()
+    reason = library.mirror_operators_missing()
     return None if reason is None else str(reason.decode())
 
 
-def chosen_products() -> bool:
+def chosen_operators() -> bool:
     """Whether GPUs multiply by this package's own kernels: where they can, unless the variable is `off`."""
-    return _wanted() != "off" and products_missing() is None
+    return _wanted() != "off" and operators_missing() is None
 
 
 class PackedDraft:

@@ -78,18 +78,18 @@ def _cuda() -> tuple[DeviceInfo, ...]:
     import onnxruntime
 
     from mirror.targets.cuda import cuda_missing, driver_gpus
-    from mirror.targets.kernel_library import products_missing
+    from mirror.targets.kernel_library import operators_missing
 
     missing = cuda_missing()
     if missing is not None:
         return (DeviceInfo("cuda:0", False, reason=missing),)
     # The libraries that come as Python packages.
     onnxruntime.preload_dlls(cudnn=False)
-    missing = products_missing()
-    products = f"; int4 and int8 by ONNX Runtime alone: {missing}" if missing else "; int4 and int8 by mirror's kernels"
+    missing = operators_missing()
+    kernels = f"; by ONNX Runtime's kernels alone: {missing}" if missing else "; with mirror's own kernels"
     version = _onnxruntime_version()
     return tuple(
-        DeviceInfo(f"cuda:{index}", True, gpu + products, "onnxruntime", version, _BOTH)
+        DeviceInfo(f"cuda:{index}", True, gpu + kernels, "onnxruntime", version, _BOTH)
         for index, gpu in enumerate(driver_gpus())
     )
 

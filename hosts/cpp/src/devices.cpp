@@ -9,7 +9,7 @@
 #include "cuda.hpp"
 #include "cuda_driver.hpp"
 #include "error.hpp"
-#include "gpu_products.hpp"
+#include "gpu_operators.hpp"
 #include "host_memory.hpp"
 #include "kernel_segment.hpp"
 #include "openvino_settings.hpp"
@@ -171,7 +171,7 @@ std::shared_ptr<Device> open_cuda(const DeviceName& name, Role role) {
   const auto configure = [index, stream = provider.stream](Ort::SessionOptions& options, const SegmentFacts& facts, int,
                                                            int capacity) {
     use_cuda(options, index, stream->handle(), capacity);
-    if (takes_products(facts)) add_products(options);
+    if (takes_operators(facts)) add_operators(options);
   };
   return std::make_shared<SessionDevice>(provider, configure);
 }

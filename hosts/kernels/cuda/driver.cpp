@@ -6,7 +6,7 @@
 #include <mutex>
 #include <stdexcept>
 
-namespace mirror_products {
+namespace mirror_gpu {
 namespace {
 
 // The driver's numbers for what is asked of a device.
@@ -115,7 +115,7 @@ std::string compiled(const char* source, std::vector<std::string> options, const
   std::vector<const char*> words;
   for (const std::string& option : options) words.push_back(option.c_str());
   void* program = nullptr;
-  if (library.create_program(&program, source, "products.cu", 0, nullptr, nullptr) != 0) return {};
+  if (library.create_program(&program, source, "mirror.cu", 0, nullptr, nullptr) != 0) return {};
   std::string result;
   std::size_t size = 0;
   if (library.compile_program(program, static_cast<int>(words.size()), words.data()) == 0) {
@@ -171,10 +171,12 @@ void clear(Address address, std::size_t bytes, Stream stream) {
   check(libraries().clear(address, 0, bytes, stream), "cuMemsetD8Async");
 }
 
-void launch(Kernel kernel, unsigned blocks, unsigned parts, unsigned threads, unsigned shared_bytes, Stream stream,
+void launch(Kernel kernel, const std::array<int, 3>& grid, int threads, int shared_bytes, Stream stream,
             void** arguments) {
-  check(libraries().launch(kernel, blocks, parts, 1, threads, 1, 1, shared_bytes, stream, arguments, nullptr),
+  const auto count = [](int value) { return static_cast<unsigned>(value); };
+  check(libraries().launch(kernel, count(grid[0]), count(grid[1]), count(grid[2]), count(threads), 1, 1,
+                           count(shared_bytes), stream, arguments, nullptr),
         "cuLaunchKernel");
 }
 
-}  // namespace mirror_products
+}  // namespace mirror_gpu

@@ -1,11 +1,12 @@
 // The CUDA driver and NVRTC, found when they are needed: nothing here is linked against either.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <string>
 #include <vector>
 
-namespace mirror_products {
+namespace mirror_gpu {
 
 using Stream = void*;
 using Kernel = void*;
@@ -28,7 +29,12 @@ Kernel compile(const Gpu& gpu, const char* source, const std::vector<std::string
                int shared_bytes);
 Address allocate(std::size_t bytes);
 void clear(Address address, std::size_t bytes, Stream stream);
-void launch(Kernel kernel, unsigned blocks, unsigned parts, unsigned threads, unsigned shared_bytes, Stream stream,
+void launch(Kernel kernel, const std::array<int, 3>& grid, int threads, int shared_bytes, Stream stream,
             void** arguments);
 
-}  // namespace mirror_products
+// A number that a kernel is compiled for.
+inline std::string define(const char* name, int value) {
+  return std::string("-D") + name + "=" + std::to_string(value);
+}
+
+}  // namespace mirror_gpu

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace mirror_products {
+namespace mirror_gpu {
 
 constexpr std::uint32_t kApiVersion = 16;  // of ONNX Runtime 1.16; the last that gave functions used here
 
@@ -17,8 +17,8 @@ using Status = void*;  // null where all is well
 
 enum ElementType : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
-enum AttributeType : int { kIntAttribute = 1 };
-enum MemoryType : int { kDefaultMemory = 0 };
+enum AttributeType : int { kIntAttribute = 1, kFloatAttribute = 3 };
+enum MemoryType : int { kHostMemory = -2, kDefaultMemory = 0 };
 enum ErrorCode : int { kRuntimeException = 6 };
 
 // Places in the table of functions.
@@ -31,6 +31,7 @@ enum Function : std::size_t {
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
+  kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
@@ -85,4 +86,4 @@ struct CustomOp {
   Status (*compute_v2)(void* kernel, Handle context);
 };
 
-}  // namespace mirror_products
+}  // namespace mirror_gpu

@@ -1,8 +1,8 @@
-// The kernels for GPUs, as far as a machine without one can tell: `mirror_gpu_products`, and with stand-ins for the
-// driver and NVRTC, `mirror_gpu_products STAND_INS BUNDLES`. What they say of ONNX Runtime's interface is checked
+// The kernels for GPUs, as far as a machine without one can tell: `mirror_gpu_operators`, and with stand-ins for the
+// driver and NVRTC, `mirror_gpu_operators STAND_INS BUNDLES`. What they say of ONNX Runtime's interface is checked
 // against its headers.
 
-#include "gpu_products.hpp"
+#include "gpu_operators.hpp"
 
 #include <cstddef>
 #include <filesystem>
@@ -10,12 +10,12 @@
 #include "checks.hpp"
 #include "environment.hpp"
 #include "error.hpp"
+#include "kernels/cuda/operators.h"
 #include "kernels/cuda/ort.hpp"
-#include "kernels/cuda/products.h"
 #include "library.hpp"
 #include "session_device.hpp"
 
-namespace mirror_products {
+namespace mirror_gpu {
 
 // As ONNX Runtime 1.16 declared them, and every later one does.
 static_assert(kApiVersion <= ORT_API_VERSION);
@@ -33,6 +33,8 @@ SAME(kFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
 SAME(kRequired, INPUT_OUTPUT_REQUIRED);
 SAME(kOptional, INPUT_OUTPUT_OPTIONAL);
 SAME(kIntAttribute, ORT_OP_ATTR_INT);
+SAME(kFloatAttribute, ORT_OP_ATTR_FLOAT);
+SAME(kHostMemory, OrtMemTypeCPUInput);
 SAME(kDefaultMemory, OrtMemTypeDefault);
 SAME(kRuntimeException, ORT_RUNTIME_EXCEPTION);
 
@@ -45,6 +47,7 @@ PLACE(kGetTensorMutableData, GetTensorMutableData);
 PLACE(kGetDimensionsCount, GetDimensionsCount);
 PLACE(kGetDimensions, GetDimensions);
 PLACE(kGetTensorTypeAndShape, GetTensorTypeAndShape);
+PLACE(kKernelInfoGetAttributeFloat, KernelInfoGetAttribute_float);
 PLACE(kKernelInfoGetAttributeInt64, KernelInfoGetAttribute_int64);
 PLACE(kKernelContextGetInput, KernelContext_GetInput);
 PLACE(kKernelContextGetOutput, KernelContext_GetOutput);
@@ -82,7 +85,7 @@ MEMBER(compute_v2, KernelComputeV2);
 // What version 17 added is not there.
 static_assert(sizeof(CustomOp) == offsetof(OrtCustomOp, InferOutputShapeFn));
 
-}  // namespace mirror_products
+}  // namespace mirror_gpu
 
 namespace {
 
@@ -103,13 +106,13 @@ const SegmentFacts exit_head = with_layers({}), halves = with_layers({DType::flo
 
 // `missing`: why this process can't have them.
 void what_is_missing_is_said(const std::string& missing) {
-  checks.check(!takes_products(halves) && !takes_products(exit_head), "no segment takes what isn't there");
+  checks.check(!takes_operators(halves) && !takes_operators(exit_head), "no segment takes what isn't there");
   Ort::SessionOptions options;
   OrtSessionOptions* const given = options;
-  const Ort::Status said(static_cast<OrtStatus*>(mirror_products_register(given, OrtGetApiBase())));
+  const Ort::Status said(static_cast<OrtStatus*>(mirror_operators_register(given, OrtGetApiBase())));
   checks.check(!said.IsOK() && said.GetErrorMessage() == missing, "ONNX Runtime hears why: " + missing);
   try {
-    add_products(options);
+    add_operators(options);
     checks.check(false, "nobody says " + missing);
   } catch (const Error& error) {
     checks.check(error.kind() == ErrorKind::device && has(error.what(), missing), error.what());
@@ -117,12 +120,12 @@ void what_is_missing_is_said(const std::string& missing) {
 }
 
 void segments_in_half_precision_take_them() {
-  checks.check(takes_products(halves) && takes_products(exit_head), "half precision, and no cache at all");
+  checks.check(takes_operators(halves) && takes_operators(exit_head), "half precision, and no cache at all");
   for (const DType other : {DType::float32, DType::bfloat16})
-    checks.check(!takes_products(with_layers({DType::float16, other})), "a layer in another precision");
+    checks.check(!takes_operators(with_layers({DType::float16, other})), "a layer in another precision");
   for (const auto& [value, taken] : {std::pair{" OFF ", false}, std::pair{"avx2", true}, std::pair{"", true}}) {
     choose(value);
-    checks.equal(takes_products(halves), taken, std::string("MIRROR_KERNELS is ") + value);
+    checks.equal(takes_operators(halves), taken, std::string("MIRROR_KERNELS is ") + value);
   }
   choose(nullptr);
 }
@@ -136,7 +139,7 @@ void sessions_know_the_operator(const fs::path& bundle) {
   for (int session = 0; session < 2; ++session)
     SessionDevice(provider, [&made](Ort::SessionOptions& options, const SegmentFacts& facts, int, int) {
       made += facts.name == "draft";
-      add_products(options);
+      add_operators(options);
     }).load_segment(bundle, draft, 64, {{1, 0}}, {}, 1);
   checks.equal(made, 2, "sessions are made one after another with the one operator");
 }
@@ -149,7 +152,7 @@ int main(int argc, char** argv) {
   if (argc == 3)
     for (const char* name : {"libcuda.so.1", "libnvrtc.so.13"})
       checks.check(find_library({(fs::path(argv[1]) / name).c_str()}) != nullptr, std::string("no ") + name);
-  const char* why = mirror_products_missing();
+  const char* why = mirror_operators_missing();
   if (why != nullptr) {
     const std::string missing = why;
     if (!has(missing, "left out of this library")) {
