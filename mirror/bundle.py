@@ -214,6 +214,7 @@ class Settings:
         branches_per_pass: branches that take part in each of them at most, the likeliest; the last number repeats.
         proposal_tokens_per_pass: tokens that each pass of a proposal gives, where the target waits for it.
         draft_context: tokens of a context's end that the draft reads at most; None for all.
+        adapt_branches: whether rollouts take fewer branches where they end late; None is no.
         target_device, suffix_device, draft_device: where segments run.
     """
 
@@ -225,6 +226,7 @@ class Settings:
     branches_per_pass: tuple[int, ...] | None = None
     proposal_tokens_per_pass: tuple[int, ...] | None = None
     draft_context: int | None = None
+    adapt_branches: bool | None = None
     target_device: str | None = None
     suffix_device: str | None = None
     draft_device: str | None = None

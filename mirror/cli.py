@@ -533,7 +533,7 @@ def devices(as_json: bool) -> None:
 @click.option(
     "--candidates",
     type=click.Choice(CANDIDATE_SOURCES),
-    help="Who offers candidates.  [default: the bundle's setting, else `both`]",
+    help="Who offers candidates.  [default: the bundle's setting, else `draft`, with n-grams `both`]",
 )
 @click.option("--gamma", type=click.IntRange(min=1), help="Draft tokens of a window.  [default: the bundle's]")
 @click.option("--kappa", type=click.IntRange(min=1), help="Candidates of a position.  [default: the bundle's]")

@@ -119,19 +119,21 @@ def pass_curve(texts: Sequence[Positions], options: EvaluationOptions) -> list[d
 def suggested(measured: Sequence[Measured], options: EvaluationOptions) -> dict[str, Any]:
     """Return the defaults that follow: exit layer and source, fan-out and tokens of each pass.
 
-    Of the exit layers the one that prepares most outcomes; of the schedules of at most three passes the best.
+    Of the exit layers the one that prepares most outcomes with the draft's candidates beside its own; of the schedules
+    of at most three passes the best. Candidates are the draft's alone (`candidates.source_of` says why).
     """
     texts = [each.laws[GREEDY] for each in measured]
     few = [row for row in pass_curve(texts, options) if row["passes"] <= _FEW_PASSES]
     schedule: list[int] = max(few, key=lambda row: row["tokens_per_round"])["tokens_per_pass"] if few else [1]
-    best: tuple[float, str, int | None, list[int]] = (-1.0, "", None, [])
+    shaped: dict[int | None, tuple[float, list[int]]] = {}
     for layer, sources in _source_choices(texts[0]):
-        known = _outcomes(texts, layer, sources, options, schedule)
-        fanout = shaped_fanout(known, options.gamma, options.branches, TOP - 1)
-        name = "both" if len(sources) == 2 else sources[0]
-        best = max(best, (prepared(known, fanout), name, layer, fanout), key=lambda choice: choice[0])
-    _, name, layer, fanout = best
-    found = {"candidates": name, "fanout": fanout, "tokens_per_pass": schedule, "kappa": max(fanout)}
+        if "draft" in sources:
+            known = _outcomes(texts, layer, sources, options, schedule)
+            fanout = shaped_fanout(known, options.gamma, options.branches, TOP - 1)
+            shaped[layer] = prepared(known, fanout), fanout
+    layer = max(shaped, key=lambda layer: shaped[layer][0])
+    fanout = shaped[None][1]
+    found = {"candidates": "draft", "fanout": fanout, "tokens_per_pass": schedule, "kappa": max(fanout)}
     return found if layer is None else {"exit_layer": layer, **found}
 
 

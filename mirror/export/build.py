@@ -208,6 +208,7 @@ class _Job:
             fanout=fanout,
             tokens_per_pass=defaults.tokens_per_pass if streams else None,
             draft_context=DRAFT_CONTEXT if self._reads_alone(draft) else None,
+            adapt_branches=True if draft is not None and draft.kind == "model" else None,
         )
 
     def _reads_alone(self, draft: DraftFacts | None) -> bool:

@@ -18,7 +18,7 @@ from mirror.plan.rounds import Choice, RoundTerms, Setting, plan_round, rollout_
 from mirror.plan.search import DRAFT_LAYERS, Limits, best_rounds, draft_sizes, exit_layers
 from mirror.plan.shapes import STORAGE, read_shape
 from mirror.plan.work import ModelWork
-from mirror.runtime.candidates import CandidateSource
+from mirror.runtime.candidates import CandidateSource, source_of
 
 SHOWN = 8
 MEASURED_KAPPA = 23  # the widest fan-out of a position in the measured curves
@@ -260,7 +260,7 @@ def _bundled(manifest: Manifest | None, options: PlanOptions, best: Choice) -> C
     return Choice(
         best.exit_layer if options.target_shape else decoding.exit_layer,
         gamma,
-        CandidateSource(settings.candidates) if settings.candidates else CandidateSource.BOTH,
+        source_of(manifest),
         sum(settings.fanout) if settings.fanout else min(decoding.kappa, MOST_KAPPA) * (gamma + 1),
         settings.tokens_per_pass or (1,),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Protocol
 
 from mirror.runtime.records import Candidates, Floats, Ints, Outcome, Proposal, Rollout
@@ -15,6 +16,9 @@ class Meeting:
     The target's thread offers the exit's states and candidates and decides the outcome; the draft's
     thread waits for the former, if it wants them, and, between two passes, looks for the latter. Each
     is set once.
+
+    Attributes:
+        decided_s: when the outcome was known; None before.
     """
 
     def __init__(self) -> None:
@@ -24,6 +28,7 @@ class Meeting:
         self._candidates: Candidates | None = None
         self._outcome: Outcome | None = None
         self._abandoned = False
+        self.decided_s: float | None = None
 
     def state(self, states: Floats) -> None:
         """Hand over the exit layer's states of the window's rows, `[rows, hidden]`, for the draft to keep."""
@@ -37,6 +42,7 @@ class Meeting:
 
     def decide(self, outcome: Outcome) -> None:
         """Tell the outcome: branches that it doesn't take need not be continued."""
+        self.decided_s = time.perf_counter()
         self._outcome = outcome
 
     def abandon(self) -> None:

@@ -20,7 +20,7 @@ from mirror.bundle import (
     Segment,
 )
 from mirror.errors import BundleError, RequestError
-from mirror.runtime.candidates import CandidateSource
+from mirror.runtime.candidates import CandidateSource, source_of
 from mirror.runtime.draft import Draft
 from mirror.runtime.features import FeatureStore
 from mirror.runtime.generation import RoundShape
@@ -46,6 +46,7 @@ class Plan:
         tokens_per_pass: tokens that each of a rollout's passes gives a branch.
         branches_per_pass: branches that take part in each of them; empty for all.
         proposal_tokens_per_pass: tokens that each pass of a proposal gives.
+        adapt_branches: whether rollouts may take fewer branches where they end late.
         draft_context: tokens of a context's end that the draft reads at most; `max_length` if all.
         target_threads, draft_threads: CPU threads of each.
     """
@@ -59,6 +60,7 @@ class Plan:
     branches_per_pass: tuple[int, ...]
     proposal_tokens_per_pass: tuple[int, ...]
     draft_context: int
+    adapt_branches: bool
     target_threads: int
     draft_threads: int
     options: EngineOptions
@@ -104,7 +106,7 @@ def make_plan(manifest: Manifest, options: EngineOptions, *, shared_cpu: bool) -
     target_threads, draft_threads = split_threads(total, mode, shared=shared_cpu)
     plan = Plan(
         mode=mode,
-        source=options.candidates or CandidateSource(settings.candidates or CandidateSource.BOTH),
+        source=options.candidates or source_of(manifest),
         max_length=max_length,
         gamma=gamma,
         fanout=_fanout(manifest, options, gamma),
@@ -112,6 +114,7 @@ def make_plan(manifest: Manifest, options: EngineOptions, *, shared_cpu: bool) -
         branches_per_pass=_branches_per_pass(manifest, options),
         proposal_tokens_per_pass=_proposal_tokens_per_pass(manifest, options, tokens_per_pass),
         draft_context=_draft_context(manifest, options, max_length),
+        adapt_branches=_adapts(manifest, options),
         target_threads=target_threads,
         draft_threads=draft_threads,
         options=options,
@@ -177,6 +180,12 @@ def _checked_tokens(manifest: Manifest, name: str, tokens: tuple[int, ...]) -> t
             f"{name} is {tokens}; the draft has {streams} streams, so its counts must be 1 to {1 + streams}"
         )
     return tokens
+
+
+def _adapts(manifest: Manifest, options: EngineOptions) -> bool:
+    # What the user counts out is done so.
+    counted = options.fanout or options.kappa or options.branches_per_pass or manifest.settings.branches_per_pass
+    return bool(manifest.settings.adapt_branches) and not counted
 
 
 def _branches_per_pass(manifest: Manifest, options: EngineOptions) -> tuple[int, ...]:
@@ -297,6 +306,15 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
         raise BundleError(f"the bundle's draft is {facts}; this version runs drafts of kind model or ngram")
     capacity = plan.draft_capacity
     trunk, branch = _segment(manifest, "draft_trunk", device), _segment(manifest, "draft", device)
+    threads, passes = plan.draft_threads, _draft_passes(plan, device)
+    spare = threads < plan.target_threads
+    steps = passes["draft"]
+    segments = DraftSegments(
+        device.load_segment(LoadRequest(folder, trunk, passes["draft_trunk"], capacity, threads, steps, spare)),
+        device.load_segment(LoadRequest(folder, branch, steps, capacity, threads, spare=spare)),
+        device.make_cache(branch.kv, capacity),
+        _sampled(folder, manifest, device, plan, passes["draft_sampled"]),
+    )
     shape = DraftShape(
         capacity=capacity,
         max_positions=manifest.model.max_positions,
@@ -306,15 +324,8 @@ def load_draft(folder: Path, manifest: Manifest, device: Device, plan: Plan) -> 
         tokens_per_pass=plan.tokens_per_pass,
         branches_per_pass=plan.branches_per_pass,
         proposal_tokens_per_pass=plan.proposal_tokens_per_pass,
-    )
-    threads, passes = plan.draft_threads, _draft_passes(plan, device)
-    spare = threads < plan.target_threads
-    steps = passes["draft"]
-    segments = DraftSegments(
-        device.load_segment(LoadRequest(folder, trunk, passes["draft_trunk"], capacity, threads, steps, spare)),
-        device.load_segment(LoadRequest(folder, branch, steps, capacity, threads, spare=spare)),
-        device.make_cache(branch.kv, capacity),
-        _sampled(folder, manifest, device, plan, passes["draft_sampled"]),
+        # Where passes have fixed widths, fewer branches are padding.
+        adapts=plan.adapt_branches and segments.branch.widths is None,
     )
     draft = ModelDraft(segments, shape, plan.source, plan.fanout, _features(manifest, facts, device, plan))
     return draft if plan.draft_context == plan.max_length else RecentDraft(draft, plan.draft_context)

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,6 +23,7 @@ from mirror.runtime.feeds import NO_BRANCH, FeedPool, PassFeeds, chunk_width, fi
 from mirror.runtime.guesses import Guess, Known, Launched
 from mirror.runtime.lookahead import BranchPass, branch_passes, branches_at
 from mirror.runtime.noise_table import NoiseTable
+from mirror.runtime.pace import BranchPace
 from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Floats, Ints, Lane, Proposal, Rollout
 from mirror.runtime.sampling import CoupledNoise
 from mirror.runtime.spans import SpanLog
@@ -64,6 +66,7 @@ class DraftShape:
         tokens_per_pass: tokens that pass 0, 1, ... of a rollout gives a branch; the last number repeats.
         branches_per_pass: branches that take part in pass 0, 1, ..., the likeliest; see `lookahead.branches_at`.
         proposal_tokens_per_pass: tokens that each pass of a proposal gives, while the target waits for it.
+        adapts: whether rollouts take fewer branches where they end late; see `pace.BranchPace`.
     """
 
     capacity: int
@@ -74,6 +77,7 @@ class DraftShape:
     tokens_per_pass: tuple[int, ...] = (1,)
     branches_per_pass: tuple[int, ...] = ()
     proposal_tokens_per_pass: tuple[int, ...] = (1,)
+    adapts: bool = False
 
 
 class ModelDraft:
@@ -101,6 +105,8 @@ class ModelDraft:
         self._log = SpanLog(Lane.DRAFT)
         self._filled = 0
         self._known = 0  # positions whose exit state is that of the context
+        self._pace = BranchPace(int(fanout.sum())) if shape.adapts else None
+        self._last: tuple[Meeting, float, float] | None = None  # the last rollout's, when it began and ended
 
     def keep(self, length: int) -> None:
         """Forget the rows past the first `length` tokens."""
@@ -137,7 +143,8 @@ class ModelDraft:
 
     def roll_out(self, tokens: Ints, window: Ints, depth: int, meeting: Meeting, noise: CoupledNoise | None) -> Rollout:
         """Read the window, then continue all branches together."""
-        base = tokens.shape[0] - 1
+        start_s, base = time.perf_counter(), tokens.shape[0] - 1
+        self._learn_pace()
         self._know(base)
         self._wait_states(base, meeting)
         with self._log.span("trunk"):
@@ -147,7 +154,17 @@ class ModelDraft:
         branches = self._branches(window, own, meeting, noise)
         with self._log.span("rollout"):
             continuations, lengths = self._continue(branches, base, depth, meeting, noise)
+        self._last = meeting, start_s, time.perf_counter()
         return Rollout(branches, self._cut(continuations, lengths), continuations, self._log.take())
+
+    def _learn_pace(self) -> None:
+        """Take in how late the last rollout was, now that its outcome is known."""
+        last, self._last = self._last, None
+        if self._pace is None or last is None:
+            return
+        meeting, start_s, end_s = last
+        if meeting.decided_s is not None and not meeting.abandoned:
+            self._pace.note(end_s - meeting.decided_s, end_s - start_s)
 
     def _know(self, count: int) -> None:
         """Begin with a context whose first `count` tokens have exit states and may keep their rows."""
@@ -179,7 +196,8 @@ class ModelDraft:
             sources.append(exits if noise is None else noise.ordered(exits, after))
         branches = choose_branches(window, sources, self._fanout)
         # One that the first pass leaves out would propose nothing, where a proposal made anew may.
-        return likeliest(branches, self._fanout, branches_at(0, len(branches), self._shape.branches_per_pass))
+        most = branches_at(0, len(branches), self._shape.branches_per_pass)
+        return likeliest(branches, self._fanout, most if self._pace is None else self._pace.first(most))
 
     # Passes over the trunk.
 
@@ -241,6 +259,8 @@ class ModelDraft:
         read = 0
         for number, item in enumerate(branch_passes(self._shape.tokens_per_pass, depth)):
             limit = branches_at(number, len(branches), self._shape.branches_per_pass)
+            if self._pace is not None:
+                limit = min(limit, self._pace.later(number, len(branches)))
             alive = _still_wanted(rows, branches, meeting, limit)
             if alive.size == 0:
                 break

@@ -43,6 +43,7 @@ from mirror.runtime.lookahead import branch_passes, rollout_capacity
 from mirror.runtime.memory import SegmentMemory, check_room, segment_memory
 from mirror.runtime.noise import gumbel, philox, uniforms
 from mirror.runtime.options import EngineOptions
+from mirror.runtime.pace import BranchPace
 from mirror.runtime.records import Branches, Candidates, FinishReason, Outcome, Rollout
 from mirror.runtime.sampling import CoupledNoise, Sampler, SamplingParams
 from mirror.runtime.stopping import Stopping
@@ -252,6 +253,7 @@ def rounds() -> dict[str, Any]:
             for widths in ((), (1, 8, 128), (1, 4), (16,))
             for rows, room in [(1, 200), (5, 200), (8, 200), (9, 200), (70, 200), (200, 500), (100, 100), (20, 30)]
         ],
+        "paces": [_pace_case(branches) for branches in (64, 20, 5)],
         "endings": [
             _ending_case(*case)
             for case in [((), 5, (1, 2, 3)), ((3,), 5, (1, 3, 3, 4)), ((4,), 2, (1, 2, 4)), ((2,), 2, (1, 2))]
@@ -359,6 +361,17 @@ def _passes_case(tokens_per_pass: tuple[int, ...], depth: int) -> dict[str, Any]
     return {"tokens_per_pass": tokens_per_pass, "depth": depth, "passes": passes}
 
 
+def _pace_case(branches: int) -> dict[str, Any]:
+    """How many branches take part in four passes after each of some rollouts: late ones, early ones, and neither."""
+    pace, ends = BranchPace(branches), [*[(1.0, 8.0)] * 14, (0.5, 30.0), *[(-2.0, 8.0)] * 9, (-0.5, 8.0)]
+    taken = []
+    for late_s, spent_s in ends:
+        pace.note(late_s, spent_s)
+        first = pace.first(branches)
+        taken.append([first, *(pace.later(number, first) for number in range(4))])
+    return {"branches": branches, "ends": ends, "taken": taken}
+
+
 def _ending_case(eos: Sequence[int], limit: int, tokens: tuple[int, ...]) -> dict[str, Any]:
     kept, reason = Stopping(eos, limit, None).cut(tokens)
     return {"eos": eos, "limit": limit, "tokens": tokens, "kept": kept, "reason": reason.value if reason else None}
@@ -380,6 +393,8 @@ _EDITS: list[tuple[str, tuple[str, str]]] = [
     ("an absent limit", ('"branches_per_pass": null,', "")),
     ("absent passes of a proposal", ('"proposal_tokens_per_pass": null,', "")),
     ("branches per pass", ('"branches_per_pass": null', '"branches_per_pass": [8, 4, 1]')),
+    ("branches that follow the box", ('"adapt_branches": null', '"adapt_branches": true')),
+    ("a number for a yes", ('"adapt_branches": null', '"adapt_branches": 1')),
     ("an absent draft's context", ('"draft_context": null,', "")),
     ("a draft's context", ('"draft_context": null', '"draft_context": 2')),
     ("passes of a proposal", ('"proposal_tokens_per_pass": null', '"proposal_tokens_per_pass": [4, 2]')),

@@ -18,6 +18,11 @@ namespace mirror {
 // it wants them, and looks for the latter between two passes. Each is set once.
 class Meeting {
  public:
+  // When the outcome was known, for who looks later; nothing if nobody wanted the rollout in the end.
+  struct Decided {
+    std::optional<Clock::time_point> at;
+  };
+
   void state(States states) {
     const std::lock_guard<std::mutex> lock(mutex_);
     states_ = std::move(states);
@@ -34,12 +39,14 @@ class Meeting {
   void decide(const Outcome& outcome) {
     const std::lock_guard<std::mutex> lock(mutex_);
     outcome_ = outcome;
+    decided_->at = Clock::now();
   }
 
   // Nobody wants the rollout any more.
   void abandon() {
     const std::lock_guard<std::mutex> lock(mutex_);
     abandoned_ = true;
+    decided_->at.reset();
     changed_.notify_all();
   }
 
@@ -51,6 +58,9 @@ class Meeting {
     const std::lock_guard<std::mutex> lock(mutex_);
     return outcome_;
   }
+
+  // To be read once the round is over.
+  std::shared_ptr<const Decided> decided() const { return decided_; }
 
   bool abandoned() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -70,6 +80,7 @@ class Meeting {
   std::optional<States> states_;
   std::optional<Candidates> candidates_;
   std::optional<Outcome> outcome_;
+  std::shared_ptr<Decided> decided_ = std::make_shared<Decided>();
   bool abandoned_ = false;
 };
 

@@ -150,6 +150,12 @@ const Json& JsonObject::array(const char* key) {
 
 const Json& JsonObject::any(const char* key) { return require(key); }
 
+std::optional<bool> JsonObject::nullable_boolean(const char* key) {
+  if (is_null(key)) return std::nullopt;
+  if (!value_[key].is_boolean()) fail(key, python_text(value_[key]) + " is not of type 'boolean', 'null'");
+  return boolean(key);
+}
+
 std::optional<std::string> JsonObject::nullable_text(const char* key) {
   if (is_null(key)) return std::nullopt;
   if (!value_[key].is_string()) fail(key, python_text(value_[key]) + " is not of type 'string', 'null'");

@@ -34,6 +34,7 @@ class JsonObject {
   std::string choice(const char* key, const std::vector<std::string>& choices);
   std::string hash(const char* key);
   // Absent and null are the same for these.
+  std::optional<bool> nullable_boolean(const char* key);
   std::optional<std::string> nullable_text(const char* key);
   std::optional<std::string> nullable_choice(const char* key, const std::vector<std::string>& choices);
   // Numbers that, where they are there, are one at least.

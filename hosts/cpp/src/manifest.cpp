@@ -181,6 +181,7 @@ Settings read_settings(JsonObject found) {
   facts.tokens_per_pass = lists("tokens_per_pass", 1);
   facts.branches_per_pass = lists("branches_per_pass", 1);
   facts.proposal_tokens_per_pass = lists("proposal_tokens_per_pass", 1);
+  facts.adapt_branches = found.nullable_boolean("adapt_branches").value_or(false);
   if (!found.is_null("draft_context")) facts.draft_context = small(found.number("draft_context", 2));
   facts.target_device = found.nullable_text("target_device");
   facts.suffix_device = found.nullable_text("suffix_device");

@@ -79,6 +79,7 @@ struct Settings {
   std::optional<CandidateSource> candidates;
   std::optional<int> gamma, draft_context;
   std::optional<std::vector<int>> fanout, tokens_per_pass, branches_per_pass, proposal_tokens_per_pass;
+  bool adapt_branches = false;  // rollouts take fewer where they end late
   std::optional<std::string> target_device, suffix_device, draft_device;
 };
 

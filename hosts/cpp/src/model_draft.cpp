@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "candidates.hpp"
 
@@ -16,7 +17,9 @@ ModelDraft::ModelDraft(std::unique_ptr<Segment> trunk, std::unique_ptr<Segment> 
       fanout_(std::move(fanout)),
       cache_(branch_->make_cache()),
       slots_(std::make_shared<std::vector<std::int32_t>>(static_cast<std::size_t>(shape_.capacity), no_branch)),
-      states_(shape_.state_bytes * static_cast<std::size_t>(shape_.capacity)) {}
+      states_(shape_.state_bytes * static_cast<std::size_t>(shape_.capacity)) {
+  if (shape_.adapts) pace_.emplace(std::accumulate(fanout_.begin(), fanout_.end(), 0));
+}
 
 void ModelDraft::keep(int length) { filled_ = std::min(filled_, length); }
 
@@ -52,6 +55,8 @@ Proposal ModelDraft::propose(const Tokens& tokens, int count, const Noise& noise
 
 Rollout ModelDraft::roll_out(const Tokens& tokens, const Tokens& window, int depth, Meeting& meeting,
                              const Noise& noise) {
+  const Clock::time_point start = Clock::now();
+  learn_pace();
   const int base = static_cast<int>(tokens.size()) - 1;
   know(base);
   wait_states(base, meeting);
@@ -71,7 +76,17 @@ Rollout ModelDraft::roll_out(const Tokens& tokens, const Tokens& window, int dep
   for (Tokens& line : rollout.continuations)
     line.erase(std::find_if_not(line.begin(), line.end(), [this](Token token) { return known(token); }), line.end());
   rollout.spans = log_.take();
+  last_ = Ended{meeting.decided(), start, Clock::now()};
   return rollout;
+}
+
+// Takes in how late the last rollout was, now that its outcome is known.
+void ModelDraft::learn_pace() {
+  if (pace_ && last_ && last_->decided->at) {
+    const auto seconds = [](auto span) { return std::chrono::duration<double>(span).count(); };
+    pace_->note(seconds(last_->end - *last_->decided->at), seconds(last_->end - last_->start));
+  }
+  last_.reset();
 }
 
 // Begins with a context whose first `count` tokens have exit states and may keep their rows.
@@ -109,7 +124,8 @@ std::vector<Branch> ModelDraft::branches(const Tokens& window, Candidates own, M
   }
   const std::vector<Branch> chosen = choose_branches(window, sources, fanout_);
   // One that the first pass leaves out would propose nothing, where a proposal made anew may.
-  return likeliest(chosen, fanout_, branches_at(0, static_cast<int>(chosen.size()), shape_.branches_per_pass));
+  const int most = branches_at(0, static_cast<int>(chosen.size()), shape_.branches_per_pass);
+  return likeliest(chosen, fanout_, pace_ ? pace_->first(most) : most);
 }
 
 // Runs the tokens not read yet; returns the `gives` likeliest tokens after them.
@@ -191,7 +207,9 @@ bool ModelDraft::narrow(Alive& alive, std::size_t number, int read, const std::v
   if (alive.rows.empty() || meeting.abandoned()) return false;
   const auto outcome = meeting.outcome();
   if (!outcome) {
-    const int most = branches_at(number, static_cast<int>(branches.size()), shape_.branches_per_pass);
+    const int all = static_cast<int>(branches.size());
+    int most = branches_at(number, all, shape_.branches_per_pass);
+    if (pace_) most = std::min(most, pace_->later(number, all));
     if (static_cast<std::size_t>(most) < alive.rows.size()) alive.keep(0, static_cast<std::size_t>(most), read);
     return true;
   }

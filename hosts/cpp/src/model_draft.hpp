@@ -10,6 +10,7 @@
 #include "device.hpp"
 #include "draft.hpp"
 #include "lookahead.hpp"
+#include "pace.hpp"
 #include "pass_pool.hpp"
 #include "spans.hpp"
 
@@ -25,6 +26,7 @@ struct DraftShape {
   std::vector<int> branches_per_pass;         // the likeliest; see branches_at
   std::vector<int> proposal_tokens_per_pass;  // of a proposal, while the target waits for it
   std::size_t state_bytes = 0;                // of one fed row; 0 where no features are fed
+  bool adapts = false;                        // rollouts take fewer branches where they end late
 };
 
 // Invariant: slots below filled_ hold the rows of the tokens given last, with one exception that every
@@ -74,6 +76,13 @@ class ModelDraft final : public Draft {
     const Token* wait() const { return sent ? sent->wait() : tokens.data(); }
   };
 
+  // A rollout, for the next one to learn from.
+  struct Ended {
+    std::shared_ptr<const Meeting::Decided> decided;
+    Clock::time_point start, end;
+  };
+
+  void learn_pace();
   void know(int count);
   void wait_states(int base, Meeting& meeting);
   std::vector<Branch> branches(const Tokens& window, Candidates own, Meeting& meeting, const Noise& noise);
@@ -108,6 +117,8 @@ class ModelDraft final : public Draft {
   std::vector<std::byte> states_;  // the exit layer's state at every position, where they are fed
   int filled_ = 0;
   int known_states_ = 0;  // positions whose state is that of the context
+  std::optional<BranchPace> pace_;
+  std::optional<Ended> last_;
 };
 
 }  // namespace mirror

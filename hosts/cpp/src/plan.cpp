@@ -87,6 +87,9 @@ void choose_passes(Plan& plan, const Manifest& manifest, const EngineOptions& op
   const auto tokens = options.tokens_per_pass ? options.tokens_per_pass : settings.tokens_per_pass;
   plan.tokens_per_pass = checked_tokens(manifest, "tokens_per_pass", tokens.value_or(std::vector<int>{1}));
   plan.branches_per_pass = branches.value_or(std::vector<int>{});
+  // What is counted out is done so.
+  plan.adapt_branches = settings.adapt_branches && !options.fanout && !options.kappa && !options.branches_per_pass &&
+                        !settings.branches_per_pass;
   const std::vector<int>& counts = plan.branches_per_pass;
   if (!counts.empty() && (counts.back() < 1 || !std::is_sorted(counts.rbegin(), counts.rend())))
     throw Error(ErrorKind::request,
@@ -255,7 +258,10 @@ Plan make_plan(const Manifest& manifest, const EngineOptions& options, bool shar
     throw Error(ErrorKind::request,
                 "mode " + to_string(plan.mode) +
                     " needs a draft and this bundle has none; use mode plain, or export it with --draft");
-  plan.source = options.candidates.value_or(settings.candidates.value_or(CandidateSource::both));
+  // As in Python: n-grams have few candidates of their own, a model's don't wait for the prefix.
+  const bool ngram = manifest.draft && manifest.draft->kind == "ngram";
+  plan.source = options.candidates.value_or(
+      settings.candidates.value_or(ngram ? CandidateSource::both : CandidateSource::draft));
   plan.max_length = length_of(manifest, options);
   plan.gamma = options.gamma.value_or(settings.gamma.value_or(manifest.decoding.gamma));
   plan.fanout = fanout_of(manifest, options, plan.gamma);
@@ -370,10 +376,12 @@ std::unique_ptr<Draft> load_draft(const std::filesystem::path& folder, const Man
                    plan.branches_per_pass,
                    plan.proposal_tokens_per_pass,
                    feature_bytes(manifest, branch)};
-  auto draft = std::make_unique<ModelDraft>(
-      device.load_segment(folder, trunk, capacity, {{plan.gamma + 1, 0}}, steps, plan.draft_threads),
-      device.load_segment(folder, branch, capacity, steps, {}, plan.draft_threads), std::move(shape), plan.source,
-      plan.fanout);
+  auto window = device.load_segment(folder, trunk, capacity, {{plan.gamma + 1, 0}}, steps, plan.draft_threads);
+  auto branches = device.load_segment(folder, branch, capacity, steps, {}, plan.draft_threads);
+  // Where passes have fixed widths, fewer branches are padding.
+  shape.adapts = plan.adapt_branches && branches->widths().empty();
+  auto draft = std::make_unique<ModelDraft>(std::move(window), std::move(branches), std::move(shape), plan.source,
+                                            plan.fanout);
   if (plan.draft_context == plan.max_length) return draft;
   return std::make_unique<RecentDraft>(std::move(draft), plan.draft_context);
 }

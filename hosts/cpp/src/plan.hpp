@@ -50,6 +50,7 @@ struct Plan {
   std::vector<int> branches_per_pass;         // of a rollout; empty for all
   std::vector<int> proposal_tokens_per_pass;  // at least one
   int draft_context;                          // tokens that the draft reads at most; max_length if all
+  bool adapt_branches;                        // rollouts may take fewer branches where they end late
   int target_threads, draft_threads;
   bool pinned;
   double draft_timeout_s;

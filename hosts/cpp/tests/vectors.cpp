@@ -15,6 +15,7 @@
 #include "engine.hpp"
 #include "error.hpp"
 #include "lookahead.hpp"
+#include "pace.hpp"
 #include "kernels/noise.hpp"
 #include "stopping.hpp"
 
@@ -156,6 +157,18 @@ void check_rounds(Checks& checks, const Json& rounds) {
       return item["choices"][static_cast<std::size_t>(row)].get<Token>();
     });
     checks.check(outcome.accepted == item["accepted"] && outcome.next == item["next"], "verify " + item.dump());
+  }
+  for (const Json& item : rounds["paces"]) {
+    const int branches = item["branches"];
+    BranchPace pace(branches);
+    Json taken = Json::array();
+    for (const Json& end : item["ends"]) {
+      pace.note(end[0], end[1]);
+      const int first = pace.first(branches);
+      taken.push_back({first});
+      for (std::size_t number = 0; number < 4; ++number) taken.back().push_back(pace.later(number, first));
+    }
+    checks.equal(taken, item["taken"], "a pace of " + item["branches"].dump());
   }
   for (const Json& item : rounds["passes"]) {
     Json found = Json::array();
