@@ -260,7 +260,7 @@ def _bundled(manifest: Manifest | None, options: PlanOptions, best: Choice) -> C
     return Choice(
         best.exit_layer if options.target_shape else decoding.exit_layer,
         gamma,
-        source_of(manifest),
+        source_of(settings.candidates, manifest.draft.kind if manifest.draft else None),
         sum(settings.fanout) if settings.fanout else min(decoding.kappa, MOST_KAPPA) * (gamma + 1),
         settings.tokens_per_pass or (1,),
     )

@@ -7,7 +7,6 @@ from enum import Enum
 
 import numpy as np
 
-from mirror.bundle import Manifest
 from mirror.runtime.records import Branches, Candidates, Ints
 
 
@@ -29,17 +28,16 @@ class CandidateSource(Enum):
         return self is not CandidateSource.EXIT
 
 
-def source_of(manifest: Manifest) -> CandidateSource:
-    """Return whose candidates a bundle's rollouts take where the user doesn't say.
+def source_of(setting: str | None, draft_kind: str | None) -> CandidateSource:
+    """Return whose candidates rollouts take where the user doesn't say.
 
     The bundle's setting, else a model's own: with the exit's they would prepare a few more outcomes, but begin only
     when the prefix and the exit head have run, and all GPUs that were measured lost more by that. N-grams have few of
     their own.
     """
-    if manifest.settings.candidates:
-        return CandidateSource(manifest.settings.candidates)
-    ngram = manifest.draft is not None and manifest.draft.kind == "ngram"
-    return CandidateSource.BOTH if ngram else CandidateSource.DRAFT
+    if setting:
+        return CandidateSource(setting)
+    return CandidateSource.BOTH if draft_kind == "ngram" else CandidateSource.DRAFT
 
 
 def choose_branches(window: Ints, sources: Sequence[Candidates], fanout: Ints) -> Branches:

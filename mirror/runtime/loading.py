@@ -106,7 +106,7 @@ def make_plan(manifest: Manifest, options: EngineOptions, *, shared_cpu: bool) -
     target_threads, draft_threads = split_threads(total, mode, shared=shared_cpu)
     plan = Plan(
         mode=mode,
-        source=options.candidates or source_of(manifest),
+        source=options.candidates or source_of(settings.candidates, manifest.draft.kind if manifest.draft else None),
         max_length=max_length,
         gamma=gamma,
         fanout=_fanout(manifest, options, gamma),
