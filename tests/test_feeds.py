@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirror.bundle import INPUT_NAMES
-from mirror.runtime.feeds import FeedPool, chunk_width, fit_width
+from mirror.runtime.feeds import FeedPool, chunk_width, fit_width, line_rows
 
 CAPACITY = 40
 
@@ -47,6 +47,29 @@ def test_a_line_of_tokens_with_padding_behind(count: int, padding: int, past: in
     assert found["past_length"].tolist() == [past]
     assert found["seqlens_k"].tolist() == [past + width - 1]
     assert int(found["total_sequence_length"]) == past + width
+
+
+@given(st.integers(1, 5), st.integers(0, 4), st.integers(0, 4), st.integers(0, 20))
+def test_a_line_and_its_streams_are_placed_as_their_rows_would_be(
+    count: int, streams: int, padding: int, past: int
+) -> None:
+    width, rows = count + streams + padding, np.arange(count + streams)
+    pools = FeedPool(CAPACITY, 24), FeedPool(CAPACITY, 24)
+    pools[0].at(width).fill_rows(
+        rows + 5,
+        past + rows,
+        np.minimum(past + rows + 1, past + count),
+        np.where(rows < count, -2, 0),
+        past,
+    )
+    feeds, line = pools[1].at(width), line_rows(count, streams, width)
+    feeds.ids[0, : rows.size] = rows + 5
+    feeds.pad_ids(rows.size)
+    feeds.place_line(line, past)
+    expected, found = (_values(pool, width) for pool in pools)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+    assert line.wanted.tolist() == [[*range(count - 1, count + streams)]]
 
 
 def test_branch_rows_with_padding_that_no_row_sees() -> None:

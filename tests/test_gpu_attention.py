@@ -65,6 +65,25 @@ def test_attention_is_that_of_onnxruntime(sizes: tuple[int, int, int], masked: b
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+def test_queries_keys_and_values_may_come_apart(masked: bool) -> None:
+    """As where a model norms them."""
+    prepare()
+    heads = Heads(9, 3, 64, CAPACITY)
+    for rows in (1, 8):
+        found, expected = (
+            run(
+                Attention(heads, 1, LIBRARY, masked=masked, apart=apart),
+                dict(random_inputs(heads, rows, 500, masked=masked, apart=apart)),
+                500,
+            )
+            for apart in (True, False)
+        )
+        for mine, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_positions_result_is_the_same_in_every_row_of_a_window(sizes: tuple[int, int, int]) -> None:
     prepare()

@@ -139,13 +139,13 @@ for bits in (4, 8):
         for found, (blocks, scales) in zip(session.run(None, {"x": x}), weights):
             expected = x[0].astype(np.float32) @ dequantised(blocks, scales, bits).T
             np.testing.assert_allclose(found[0], expected, rtol=0, atol=5e-3 * np.abs(expected).max())
-for masked in (False, True):
-    heads = Heads(6, 2, 64, 128)
-    ours, theirs = (Attention(heads, 2, given, masked=masked, device="cpu") for given in (library, None))
+for masked, apart in ((False, False), (True, False), (False, True)):
+    heads, kind = Heads(6, 2, 64, 128), {"masked": masked, "apart": apart}
+    ours, theirs = (Attention(heads, 2, given, **kind, device="cpu") for given in (library, None))
     for rows in (1, 5):
         found = []
         for session in (ours, theirs):
-            inputs = random_inputs(heads, rows, 20, masked=masked)
+            inputs = random_inputs(heads, rows, 20, **kind)
             total = {} if masked else {"total": np.array(20 + rows, np.int32)}
             binding, values = session.bind({**inputs, **total}, 20)
             session.session.run_with_iobinding(binding)

@@ -44,15 +44,18 @@ class Heads:
         return (self.queries + 2 * self.keys) * self.head
 
 
-def attention_model(heads: Heads, layers: int, *, masked: bool) -> bytes:
+def attention_model(heads: Heads, layers: int, *, masked: bool, apart: bool = False) -> bytes:
     """Return a graph of layers that all read x, float16 `[1, rows, width]`: y0, y1, ..
 
     Args:
         masked: whether it takes `positions` and a `bias` for each row and slot, as a draft's.
+        apart: whether x is the queries alone, and keys and values come as `xk` and `xv`.
     """
     tables = [helper.make_tensor(name, _HALF, table.shape, table.tobytes(), raw=True) for name, table in _tables(heads)]
     cache: list[int | str] = [1, heads.keys, heads.capacity, heads.head]
-    inputs = [helper.make_tensor_value_info("x", _HALF, [1, "rows", heads.width])]
+    rows = [("x", heads.queries), ("xk", heads.keys), ("xv", heads.keys)]
+    widths = [(name, count * heads.head) for name, count in rows] if apart else [("x", heads.width)]
+    inputs = [helper.make_tensor_value_info(name, _HALF, [1, "rows", width]) for name, width in widths]
     inputs += [
         helper.make_tensor_value_info(name, TensorProto.INT32, shape)
         for name, shape in (("filled", [1]), ("total", []))
@@ -73,7 +76,7 @@ def attention_model(heads: Heads, layers: int, *, masked: bool) -> bytes:
     }
     for layer in range(layers):
         given = [f"k{layer}", f"v{layer}"]
-        names = ["x", "", "", *given, "filled", "total", "cosines", "sines", *more]
+        names = [*(["x", "xk", "xv"] if apart else ["x", "", ""]), *given, "filled", "total", "cosines", "sines", *more]
         made = [f"y{layer}", f"new_k{layer}", f"new_v{layer}"]
         nodes.append(helper.make_node("GroupQueryAttention", names, made, domain=_ORT, **facts))
         inputs += [helper.make_tensor_value_info(name, _HALF, cache) for name in given]
@@ -90,7 +93,9 @@ def _tables(heads: Heads) -> Sequence[tuple[str, NDArray[np.float16]]]:
     return ("cosines", np.cos(angles).astype(np.float16)), ("sines", np.sin(angles).astype(np.float16))
 
 
-def random_inputs(heads: Heads, rows: int, past: int, *, masked: bool, seed: int = 0) -> Mapping[str, NDArray[Any]]:
+def random_inputs(
+    heads: Heads, rows: int, past: int, *, masked: bool, apart: bool = False, seed: int = 0
+) -> Mapping[str, NDArray[Any]]:
     """Return what a pass reads besides its caches, of which `past` slots are filled; a mask hides a third of them."""
     numbers = np.random.default_rng(seed)
     inputs: dict[str, NDArray[Any]] = {
@@ -98,6 +103,9 @@ def random_inputs(heads: Heads, rows: int, past: int, *, masked: bool, seed: int
         "filled": np.array([past + rows - 1], np.int32),
         "total": np.array(heads.capacity, np.int32),
     }
+    if apart:
+        ends = [heads.queries * heads.head, (heads.queries + heads.keys) * heads.head]
+        inputs |= dict(zip(("x", "xk", "xv"), np.split(inputs["x"], ends, axis=2), strict=True))
     if masked:
         hidden = numbers.random((rows, heads.capacity)) < 1 / 3
         hidden[np.arange(rows), past + np.arange(rows)] = False
@@ -116,6 +124,7 @@ class Attention:
         library: Path | None,
         *,
         masked: bool,
+        apart: bool = False,
         recorded: bool = False,
         device: str = "cuda",
     ) -> None:
@@ -132,7 +141,7 @@ class Attention:
             options.register_custom_ops_library(str(library))
         settings = {"enable_cuda_graph": "1"} if recorded else {}
         provider = (PROVIDER, settings) if device == "cuda" else "CPUExecutionProvider"
-        model = attention_model(heads, layers, masked=masked)
+        model = attention_model(heads, layers, masked=masked, apart=apart)
         self.session = ort.InferenceSession(model, options, providers=[provider])
         self._heads, self._layers = heads, layers
         self._place = ("cuda", 0) if device == "cuda" else ("cpu", 0)

@@ -189,7 +189,7 @@ def row_chooser(
 
 
 def operators_missing() -> str | None:
-    """Return why GPUs have no products of this package's own and what to do, None if they have.
+    """Return why GPUs have no kernels of this package's own and what to do, None if they have.
 
     CUDA's libraries that come as Python packages must have been loaded: they are looked for by name.
     """
@@ -203,7 +203,7 @@ def operators_missing() -> str | None:
 
 
 def chosen_operators() -> bool:
-    """Whether GPUs multiply by this package's own kernels: where they can, unless the variable is `off`."""
+    """Whether GPUs compute by this package's own kernels: where they can, unless the variable is `off`."""
     return _wanted() != "off" and operators_missing() is None
 
 
