@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mirror.errors import BundleError, BusyError, CapacityError, DeviceError, RequestError
+from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.engine import Result
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import FinishReason, Mode
@@ -93,7 +94,8 @@ def _wait(event: threading.Event) -> None:
 )
 def test_a_failing_target_is_an_error_and_the_engine_stays_usable(bundle: Path, mode: Mode, segment: str) -> None:
     device = HookedDevice(_Nth(segment, 3, _raise))
-    with open_engine(bundle, EngineOptions(mode=mode), target=device) as engine:
+    options = EngineOptions(mode=mode, candidates=CandidateSource.BOTH)  # or the exit head would not run
+    with open_engine(bundle, options, target=device) as engine:
         stream = engine.stream_tokens(PROMPT, max_new_tokens=40)
         got: list[int] = []
         with pytest.raises(RuntimeError, match="out of luck"):

@@ -463,7 +463,7 @@ def load(
         draft_context: tokens of a context's end that the draft reads at most, 2 or more: fewer make its passes cheaper,
             and drafts trained on short texts guess better. None takes the bundle's setting, else all.
         candidates: where the branches' first tokens come from: `exit`, `draft` or `both`; None takes the bundle's
-            setting, else both.
+            setting, else the draft's, with n-grams both.
         pinned: run every target pass after prefill at width gamma + 1, plain ones too, so that the
             text is the same in every mode at any precision.
         draft_timeout_s: how long to wait for the draft before going on without it.

@@ -30,7 +30,8 @@ class EngineOptions:
             bundle's setting, else `tokens_per_pass`.
         draft_context: tokens of a context's end that the draft reads at most, 2 or more; None takes the bundle's
             setting, else all.
-        candidates: where the branches' first tokens come from; None takes the bundle's setting, else both.
+        candidates: where the branches' first tokens come from; None takes the bundle's setting, else the
+            draft's, with n-grams both.
         pinned: every target pass after prefill runs at width gamma + 1.
         draft_timeout_s: how long to wait for the draft before it counts as hung.
         max_ngram_size: the most tokens that an n-gram draft looks up at once.

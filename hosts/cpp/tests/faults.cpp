@@ -146,7 +146,9 @@ void draft_that_hangs(Mode mode, int number) {
 
 void target_that_fails(Mode mode, const std::string& segment) {
   const std::string name = "target fails " + to_string(mode) + " " + segment;
-  const auto engine = open_engine("context", in_mode(mode), hooked(nth(segment, 3, out_of_luck)));
+  EngineOptions options = in_mode(mode);
+  options.candidates = CandidateSource::both;  // or the exit head would not run
+  const auto engine = open_engine("context", options, hooked(nth(segment, 3, out_of_luck)));
   const auto answer = engine->answer(prompt, up_to(40));
   bool failed = false;
   try {

@@ -169,6 +169,7 @@ internal static class Program
             var load = new LoadOptions
             {
                 Mode = ModeOf(modes[modes.Length - 1]),
+                Candidates = Candidates.Both,
                 Threads = 1,
                 TokensPerPass = CountsOf(item.GetProperty("tokens_per_pass")),
                 BranchesPerPass = CountsOf(item.GetProperty("branches_per_pass")),

@@ -23,7 +23,7 @@ namespace MirrorSd
     /// <summary>Where the branches' first tokens come from.</summary>
     public enum Candidates
     {
-        /// <summary>Not said: the bundle's setting, else both.</summary>
+        /// <summary>Not said: the bundle's setting, else the draft's odds, with n-grams both.</summary>
         Unset = 0,
 
         /// <summary>The target's exit head.</summary>

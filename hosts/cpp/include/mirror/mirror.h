@@ -100,7 +100,7 @@ MIRROR_API mirror_status* mirror_register_provider_library(const char* name, con
 typedef struct mirror_load_options {
   uint32_t struct_size;
   mirror_mode mode;             /* mirror. In plain the draft isn't loaded */
-  mirror_candidates candidates; /* both */
+  mirror_candidates candidates; /* the draft; both for n-grams */
   int32_t threads;              /* CPU threads in all; one per physical core */
   int32_t max_length;           /* tokens of a context; the bundle's */
   int32_t gamma;                /* draft tokens of a window; the bundle's */
