@@ -47,6 +47,7 @@ def questions(tmp_path: Path) -> Path:
 def test_arms_answer_the_same_questions_over_one_target(bundle: Path, questions: Path, tmp_path: Path) -> None:
     out, traces = tmp_path / "rounds.json", tmp_path / "traces"
     options = ["--target-device", "cpu", "--draft-device", "cpu", "--tokens", "40", "--max-length", "64"]
+    options += ["--settings", "candidates=both"]  # or no exit head would run
     files = ["--questions", str(questions), "--per-category", "2", "--traces", str(traces), "--out", str(out)]
     run = CliRunner().invoke(
         gpu_rounds.main,

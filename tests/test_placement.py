@@ -10,6 +10,7 @@ import pytest
 
 import mirror
 from mirror.bundle import Form, read_manifest
+from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.engine import Engine
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.records import Lane, Mode
@@ -39,7 +40,8 @@ class Other(HookedDevice):
 
 
 def placed(bundle: Path, mode: Mode, target: Device, suffix: Device, *, pinned: bool = False) -> Engine:
-    options = EngineOptions(mode=mode, pinned=pinned)
+    # With the exit's candidates too, so that all segments run.
+    options = EngineOptions(mode=mode, pinned=pinned, candidates=CandidateSource.BOTH)
     return Engine(bundle, read_manifest(bundle), options, target, CpuDevice(), suffix_device=suffix)
 
 
