@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,15 +12,16 @@ import pytest
 SOURCES = Path(__file__).parents[1] / "hosts" / "kernels" / "cuda"
 
 
-def compile_log(source: str, architecture: str, facts: Mapping[str, int]) -> str:
-    """Return what the compiler said of a file of the kernels."""
+def compile_log(sources: Sequence[str], architecture: str, facts: Mapping[str, int]) -> str:
+    """Return what the compiler said of some files of the kernels, one behind the other."""
     found = importlib.util.find_spec("nvidia")
     folders = [] if found is None else [Path(place) for place in found.submodule_search_locations or ()]
     libraries = [path for folder in folders for path in folder.glob("**/libnvrtc.so.*")]
     if not libraries:
         pytest.skip("nvidia-cuda-nvrtc isn't installed")
     library, program = ctypes.CDLL(str(libraries[0])), ctypes.c_void_p()
-    library.nvrtcCreateProgram(ctypes.byref(program), (SOURCES / source).read_bytes(), source.encode(), 0, None, None)
+    text = b"".join((SOURCES / source).read_bytes() for source in sources)
+    library.nvrtcCreateProgram(ctypes.byref(program), text, sources[-1].encode(), 0, None, None)
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
     words = [word.encode() for word in (*options, *(f"-D{name}={value}" for name, value in facts.items()))]
     result = library.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words))

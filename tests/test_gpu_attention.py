@@ -26,7 +26,7 @@ def test_the_kernel_compiles_for_every_kind_of_gpu(architecture: str, head: int,
     """NVRTC needs no GPU."""
     for rotary in (0, 1):
         facts = {"HEAD": head, "GROUP": group, "ROTARY": rotary, "BIAS": int(masked)}
-        log = compile_log("attention.cu", architecture, facts)
+        log = compile_log(["attention.cu"], architecture, facts)
         assert "bytes spill stores" not in log or " 0 bytes spill stores" in log
 
 

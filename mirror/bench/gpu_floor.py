@@ -173,7 +173,7 @@ def matrix_shapes(bundle: Path, manifest: Manifest, segment: str) -> Iterator[tu
     model = onnx.load(bundle / manifest.segments[segment].graphs[Form.INPLACE].file, load_external_data=False)
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2}
     for node in model.graph.node:
-        if node.op_type == "FusedMatMul" and node.input[1] in shapes:
+        if node.op_type in ("FusedMatMul", "GatedFusedMatMul") and node.input[1] in shapes:
             rows, columns = shapes[node.input[1]]
             yield rows, columns
 

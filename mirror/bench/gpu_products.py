@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from mirror.bench.provenance import provenance
+from mirror.export.gated import name_gated_products
 from mirror.targets.cuda import PROVIDER
 from mirror.targets.kernel_library import LIBRARY, operators_missing
 
@@ -38,8 +40,14 @@ def random_weights(outputs: int, inputs: int, bits: int, seed: int) -> tuple[NDA
     return blocks, scales
 
 
-def product_model(weights: Sequence[tuple[NDArray[np.uint8], NDArray[np.float16]]], bits: int) -> bytes:
-    """Return a graph that multiplies x, float16 `[1, rows, inputs]`, with each matrix: y0, y1, .."""
+def product_model(
+    weights: Sequence[tuple[NDArray[np.uint8], NDArray[np.float16]]], bits: int, *, gated: bool = False
+) -> bytes:
+    """Return a graph that multiplies x, float16 `[1, rows, inputs]`, with each matrix: y0, y1, ..
+
+    Args:
+        gated: whether each y is `silu(gate) * up` of a product's halves, by the function that bundles have for it.
+    """
     nodes, tensors, outputs = [], [], []
     for index, (blocks, scales) in enumerate(weights):
         rows, count, _ = blocks.shape
@@ -49,9 +57,36 @@ def product_model(weights: Sequence[tuple[NDArray[np.uint8], NDArray[np.float16]
         ]
         facts = {"K": count * BLOCK, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
         names = ["x", f"b{index}", f"s{index}"]
-        nodes.append(helper.make_node("MatMulNBits", names, [f"y{index}"], domain=_ORT, **facts))
-        outputs.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT16, [1, "rows", rows]))
-    return _model(nodes, tensors, outputs, weights[0][0].shape[1] * BLOCK)
+        product = f"p{index}" if gated else f"y{index}"
+        nodes.append(helper.make_node("MatMulNBits", names, [product], domain=_ORT, **facts))
+        if gated:
+            nodes += _gate(index)
+        width = rows // 2 if gated else rows
+        outputs.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT16, [1, "rows", width]))
+    model = _model(nodes, tensors, outputs, weights[0][0].shape[1] * BLOCK)
+    return _with_functions(model) if gated else model
+
+
+def gated_half_model(weights: NDArray[np.float16]) -> bytes:
+    """Return a graph that gives y0 of x by a matrix in float16, `[outputs, inputs]`, whose halves gate each other."""
+    tensor = helper.make_tensor("w0", TensorProto.FLOAT16, weights.shape, weights.tobytes(), raw=True)
+    product = helper.make_node("FusedMatMul", ["x", "w0"], ["p0"], domain=_ORT, transB=1, alpha=1.0)
+    y = helper.make_tensor_value_info("y0", TensorProto.FLOAT16, [1, "rows", weights.shape[0] // 2])
+    return _with_functions(_model([product, *_gate(0)], [tensor], [y], weights.shape[1]))
+
+
+def _with_functions(model: bytes) -> bytes:
+    named = ir.serde.deserialize_model(ModelProto.FromString(model))
+    name_gated_products(named)
+    return bytes(ir.serde.serialize_model(named).SerializeToString())
+
+
+def _gate(index: int) -> Iterator[NodeProto]:
+    """Yield the nodes that make y of a product's halves."""
+    yield helper.make_node("Split", [f"p{index}"], [f"gate{index}", f"up{index}"], axis=-1, num_outputs=2)
+    yield helper.make_node("Sigmoid", [f"gate{index}"], [f"open{index}"])
+    yield helper.make_node("Mul", [f"gate{index}", f"open{index}"], [f"silu{index}"])
+    yield helper.make_node("Mul", [f"silu{index}", f"up{index}"], [f"y{index}"])
 
 
 def _half_model(sizes: tuple[int, int], copies: int) -> bytes:
@@ -118,8 +153,9 @@ def time_us(session: ort.InferenceSession, rows: int, replays: int = 30) -> floa
 @click.option("--rows", "row_counts", default="1,8,16,64", show_default=True)
 @click.option("--bits", "bit_counts", default="4,8", show_default=True)
 @click.option("--arms", default=",".join(ARMS), show_default=True)
+@click.option("--gated", is_flag=True, help="Each matrix's halves gate each other; not for fp16.")
 @click.option("--out", type=click.Path(path_type=Path), default=None)
-def main(sizes: str, row_counts: str, bit_counts: str, arms: str, out: Path | None) -> None:
+def main(sizes: str, row_counts: str, bit_counts: str, arms: str, gated: bool, out: Path | None) -> None:
     """Time products on the first GPU."""
     if "own" in arms and (missing := operators_missing()):
         raise click.ClickException(f"there are no kernels of mirror's own: {missing}")
@@ -129,7 +165,7 @@ def main(sizes: str, row_counts: str, bit_counts: str, arms: str, out: Path | No
         for bits in map(int, bit_counts.split(",")):
             copies = -(-_ENOUGH_BYTES * 8 // (outputs * inputs * bits))
             one = random_weights(outputs, inputs, bits, seed=0)
-            model = product_model([one] * copies, bits)
+            model = product_model([one] * copies, bits, gated=gated)
             for arm in arms.split(","):
                 if arm == "fp16" and bits != 4:
                     continue

@@ -14,6 +14,7 @@ from mirror.bundle import INT8_SEGMENTS, NOISE_POSITIONS, NOISY_TOKENS, Form, La
 from mirror.export.distilled import ADAPTER_TENSORS, EPSILON_KEY, adapter_name
 from mirror.export.draft_inputs import extend_embedding
 from mirror.export.emit import Emitter
+from mirror.export.gated import name_gated_products
 from mirror.export.graphs import dimension, is_op
 from mirror.export.lower import Lowering, finish
 from mirror.export.top_k import first_greatest, first_greatest_plainly, greatest
@@ -171,6 +172,8 @@ def _piece(
     used = [value for value in graph.inputs if value.uses()]
     model = finish(graph, segment)
     _drop_unused_inputs(model.graph, used)
+    if form is Form.INPLACE:
+        name_gated_products(model)
     return Piece(segment, form, model, kv)
 
 

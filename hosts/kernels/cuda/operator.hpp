@@ -150,6 +150,46 @@ class Node {
     return found;
   }
 
+  // A tensor in float16 for this run alone, beside `like`: ONNX Runtime may give its memory to what comes next on the
+  // stream.
+  class Temporary {
+   public:
+    Temporary(const Node& node, Handle context, Handle like, const std::vector<std::int64_t>& shape) : api_(node.api_) {
+      std::size_t bytes = 2;
+      for (const std::int64_t size : shape) bytes *= static_cast<std::size_t>(size);
+      Handle found = nullptr;
+      pass_on(api_.call(kGetTensorMemoryInfo, like, &found));
+      pass_on(api_.call(kKernelContextGetAllocator, context, found, &allocator_));
+      try {
+        pass_on(api_.call(kAllocatorAlloc, allocator_, bytes, &data_));
+        pass_on(api_.call(kCreateTensorWithDataAsOrtValue, found, data_, bytes,
+                          static_cast<const std::int64_t*>(shape.data()), shape.size(), static_cast<int>(kFloat16),
+                          &value_));
+      } catch (...) {
+        give_back();
+        throw;
+      }
+    }
+    Temporary(const Temporary&) = delete;
+    Temporary& operator=(const Temporary&) = delete;
+    ~Temporary() { give_back(); }
+
+    Handle value() const { return value_; }
+    Address address() const { return reinterpret_cast<Address>(data_); }
+
+   private:
+    void give_back() {
+      if (value_ != nullptr) api_.release(kReleaseValue, value_);
+      if (data_ != nullptr)
+        if (Status failed = api_.call(kAllocatorFree, allocator_, data_)) api_.release(kReleaseStatus, failed);
+      api_.release(kReleaseAllocator, allocator_);
+    }
+
+    const Api& api_;
+    Handle allocator_ = nullptr, value_ = nullptr;
+    void* data_ = nullptr;
+  };
+
   void invoke_built_in(Handle context, std::vector<Handle> outputs) const {
     std::vector<Handle> inputs(inputs_);
     for (std::size_t index = 0; index < inputs_; ++index) inputs[index] = input(context, index);

@@ -1,6 +1,8 @@
 #include "operators.h"
 
+#include <initializer_list>
 #include <mutex>
+#include <vector>
 
 #include "driver.hpp"
 #include "operations.hpp"
@@ -13,6 +15,16 @@ const Api*& api_of_process() {
   return api;
 }
 
+namespace {
+
+Handle domain(const Api& api, const char* name, std::initializer_list<const CustomOp*> operations) {
+  Handle made = nullptr;
+  pass_on(api.call(kCreateCustomOpDomain, name, &made));
+  for (const CustomOp* operation : operations) pass_on(api.call(kCustomOpDomainAdd, made, operation));
+  return made;
+}
+
+}  // namespace
 }  // namespace mirror_gpu
 
 const char* mirror_operators_missing() {
@@ -25,19 +37,19 @@ void* mirror_operators_register(void* options, const void* api_base) {
   const Api* api = static_cast<const ApiBase*>(api_base)->get_api(kApiVersion);
   if (const char* missing = mirror_operators_missing()) return status_of(*api, missing);
   static std::mutex mutex;
-  static Handle domain = nullptr;
+  static std::vector<Handle>& domains = *new std::vector<Handle>;  // for good: ONNX Runtime keeps their addresses
   const std::lock_guard<std::mutex> lock(mutex);
   return guarded(*api, [&] {
-    if (domain == nullptr) {
+    if (domains.empty()) {
       api_of_process() = api;
-      Handle made = nullptr;
-      // The names of built-in operators: ONNX Runtime takes a session's own before those.
-      pass_on(api->call(kCreateCustomOpDomain, "com.microsoft", &made));
-      for (const CustomOp* operation : {&products_operation(), &attention_operation()})
-        pass_on(api->call(kCustomOpDomainAdd, made, operation));
-      domain = made;
+      domains = {
+          // The names of built-in operators: ONNX Runtime takes a session's own before those.
+          domain(*api, "com.microsoft", {&products_operation(), &attention_operation()}),
+          // The names of functions that a bundle's graphs declare: it takes an operator before those too.
+          domain(*api, "mirror", {&gated_products_operation(), &gated_half_products_operation()}),
+      };
     }
-    pass_on(api->call(kAddCustomOpDomain, options, domain));
+    for (const Handle made : domains) pass_on(api->call(kAddCustomOpDomain, options, made));
   });
 }
 

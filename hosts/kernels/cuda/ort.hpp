@@ -27,27 +27,35 @@ enum Function : std::size_t {
   kCreateCustomOpDomain = 26,
   kCustomOpDomainAdd = 27,
   kAddCustomOpDomain = 28,
+  kCreateTensorWithDataAsOrtValue = 49,
   kGetTensorMutableData = 51,
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
+  kAllocatorAlloc = 75,
+  kAllocatorFree = 76,
   kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
   kReleaseStatus = 93,
+  kReleaseValue = 96,
   kReleaseTensorTypeAndShapeInfo = 99,
+  kReleaseAllocator = 132,
   kKernelContextGetGpuComputeStream = 193,
+  kGetTensorMemoryInfo = 194,
   kCreateOpAttr = 211,
   kReleaseOpAttr = 212,
   kCreateOp = 213,
   kInvokeOp = 214,
   kReleaseOp = 215,
   kKernelInfoGetInputCount = 230,
+  kKernelContextGetAllocator = 253,
+  kFunctions,
 };
 
 struct Api {
-  void* functions[kKernelInfoGetInputCount + 1];
+  void* functions[kFunctions];
 
   template <typename... Arguments>
   Status call(Function place, Arguments... arguments) const {

@@ -13,6 +13,7 @@
 #include "workspace.hpp"
 
 MIRROR_EMBEDDED(mirror_products_source, "products.cu");
+MIRROR_EMBEDDED(mirror_gated_source, "gated.cu");
 
 namespace mirror_gpu {
 namespace {
@@ -27,8 +28,11 @@ constexpr int kTiles = 2, kAcross = 2, kAlong = 8, kAhead = 1, kBlocksAtOnce = 1
 constexpr int kOutputs = 16 * kTiles * kAcross;
 constexpr int kThreads = 32 * kAcross * kAlong;
 
+constexpr int kGateThreads = 256;
+
 struct Matrix {
   int outputs, inputs, bits;
+  bool gated = false;  // whether its outputs' first half is a gate of the second
 
   int tiles() const { return (outputs + kOutputs - 1) / kOutputs; }
   int steps() const { return (inputs / kBlock + kStep - 1) / kStep; }
@@ -52,24 +56,35 @@ class Kernels {
  public:
   const Compiled& compiled(const Gpu& gpu, const Matrix& matrix, int row_tiles) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Compiled& found = kernels_[{gpu.index, matrix.outputs, matrix.inputs, matrix.bits, row_tiles}];
+    Compiled& found = kernels_[{gpu.index, matrix.outputs, matrix.inputs, matrix.bits, matrix.gated, row_tiles}];
     if (found.kernel == nullptr) {
       found.parts = parts_of(matrix, gpu);
       const int steps = (matrix.steps() + found.parts - 1) / found.parts;
       found.shared_bytes = std::max(steps * row_tiles * kStepBytes, kAlong * row_tiles * 8 * kOutputs * 4);
-      found.kernel = compile(gpu, mirror_products_source,
-                             {define("BITS", matrix.bits), define("TILES", kTiles), define("ROW_TILES", row_tiles),
-                              define("ACROSS", kAcross), define("ALONG", kAlong), define("AHEAD", kAhead),
-                              define("MIN_BLOCKS", kBlocksAtOnce), define("PARTS", found.parts),
-                              define("OUTPUTS", matrix.outputs), define("BLOCKS", matrix.inputs / kBlock)},
-                             "products", found.shared_bytes);
+      const std::string source = matrix.gated ? std::string(mirror_gated_source) + mirror_products_source : "";
+      found.kernel =
+          compile(gpu, matrix.gated ? source.c_str() : mirror_products_source,
+                  {define("BITS", matrix.bits), define("TILES", kTiles), define("ROW_TILES", row_tiles),
+                   define("ACROSS", kAcross), define("ALONG", kAlong), define("AHEAD", kAhead),
+                   define("MIN_BLOCKS", kBlocksAtOnce), define("PARTS", found.parts), define("OUTPUTS", matrix.outputs),
+                   define("BLOCKS", matrix.inputs / kBlock), define("GATED", matrix.gated)},
+                  "products", found.shared_bytes);
     }
+    return found;
+  }
+
+  // For products that ONNX Runtime has computed.
+  Kernel gate(const Gpu& gpu) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Kernel& found = gates_[gpu.index];
+    if (found == nullptr) found = compile(gpu, mirror_gated_source, {}, "gate_rows", 0);
     return found;
   }
 
  private:
   std::mutex mutex_;
-  std::map<std::array<int, 5>, Compiled> kernels_;
+  std::map<std::array<int, 6>, Compiled> kernels_;
+  std::map<int, Kernel> gates_;
 };
 
 Kernels& kernels() {
@@ -77,11 +92,30 @@ Kernels& kernels() {
   return *made;
 }
 
+// Rows by a matrix of integers; the built-in operator, which all of these have, is MatMulNBits.
 class Product : public Node {
  public:
-  Product(const Api& api, Handle info) : Node(api, info) {
+  Product(const Api& api, Handle info) : Product(api, info, false) {}
+
+  void compute(Handle context) {
+    const Rows given = rows(context, matrix_.outputs);
+    const Handle y = output(context, 0, given.shape);
+    if (given.count == 0) return;
+    if (takes(given.count))
+      multiply(context, y, static_cast<int>(given.count));
+    else
+      invoke_built_in(context, {y});
+  }
+
+ protected:
+  struct Rows {
+    std::vector<std::int64_t> shape;  // of a result
+    std::int64_t count = 1;
+  };
+
+  Product(const Api& api, Handle info, bool gated) : Node(api, info) {
     const auto small = [&](const char* name) { return static_cast<int>(integer(info, name)); };
-    matrix_ = {small("N"), small("K"), small("bits")};
+    matrix_ = {small("N"), small("K"), small("bits"), gated};
     const int block = small("block_size");
     // What a pass of one row runs, or of many, or with a matrix of another kind.
     using Types = std::vector<std::pair<const char*, int>>;
@@ -106,33 +140,82 @@ class Product : public Node {
                    static_cast<std::size_t>(matrix_.tiles()));
   }
 
-  void compute(Handle context) {
-    const Handle x = input(context, 0);
-    std::vector<std::int64_t> shape = shape_of(x);
-    std::int64_t rows = 1;
-    for (std::size_t index = 0; index + 1 < shape.size(); ++index) rows *= shape[index];
-    shape.back() = matrix_.outputs;
-    const Handle y = output(context, 0, shape);
-    if (rows == 0) return;
-    if (known_ && kFewestRows <= rows && rows <= kMostRows)
-      multiply(context, x, y, static_cast<int>(rows));
-    else
-      invoke_built_in(context, {y});
+  Rows rows(Handle context, int width) const {
+    Rows found{shape_of(input(context, 0))};
+    for (std::size_t index = 0; index + 1 < found.shape.size(); ++index) found.count *= found.shape[index];
+    found.shape.back() = width;
+    return found;
   }
 
- private:
-  void multiply(Handle context, Handle x, Handle y, int rows) const {
+  bool takes(std::int64_t count) const { return known_ && kFewestRows <= count && count <= kMostRows; }
+
+  void multiply(Handle context, Handle y, int count) const {
     const Stream on = stream(context);
-    const Compiled& compiled = kernels().compiled(gpu_, matrix_, (rows + 7) / 8);
+    const Compiled& compiled = kernels().compiled(gpu_, matrix_, (count + 7) / 8);
     const Workspace memory = workspace(gpu_.index, on);
-    Address at[] = {address(input(context, 1)), address(input(context, 2)), address(x), address(y), memory.sums_at,
-                    memory.tickets_at};
-    void* arguments[] = {&at[0], &at[1], &at[2], &at[3], &at[4], &at[5], &rows};
+    Address at[] = {address(input(context, 1)), address(input(context, 2)), address(input(context, 0)), address(y),
+                    memory.sums_at,             memory.tickets_at};
+    void* arguments[] = {&at[0], &at[1], &at[2], &at[3], &at[4], &at[5], &count};
     launch(compiled.kernel, {matrix_.tiles(), compiled.parts, 1}, kThreads, compiled.shared_bytes, on, arguments);
   }
 
   Matrix matrix_{};
+
+ private:
   bool known_ = false;
+};
+
+// The gate of a product that the built-in operator computes, `both` its result.
+void gate_rows(const Gpu& gpu, Stream on, Address both, Address y, int inner, std::int64_t rows) {
+  void* arguments[] = {&both, &y, &inner};
+  const int across = (inner + kGateThreads - 1) / kGateThreads;
+  launch(kernels().gate(gpu), {across, static_cast<int>(rows), 1}, kGateThreads, 0, on, arguments);
+}
+
+// silu(gate) * up of a product with a matrix of integers.
+class GatedProduct : public Product {
+ public:
+  GatedProduct(const Api& api, Handle info) : Product(api, info, true) { kernels().gate(gpu_); }
+
+  void compute(Handle context) {
+    const int inner = matrix_.outputs / 2;
+    const Rows given = rows(context, inner);
+    const Handle y = output(context, 0, given.shape);
+    if (given.count == 0) return;
+    if (takes(given.count)) return multiply(context, y, static_cast<int>(given.count));
+    const Temporary both(*this, context, y, rows(context, matrix_.outputs).shape);
+    invoke_built_in(context, {both.value()});
+    gate_rows(gpu_, stream(context), both.address(), address(y), inner, given.count);
+  }
+};
+
+// The same of a product with a matrix in float16, which ONNX Runtime computes.
+class GatedHalfProduct : public Node {
+ public:
+  GatedHalfProduct(const Api& api, Handle info) : Node(api, info) {
+    transposed_ = integer(info, "transB", 0) != 0;
+    make_built_in(info, "FusedMatMul",
+                  {{"transA", 0}, {"transB", transposed_}, {"transBatchA", 0}, {"transBatchB", 0}},
+                  {{"alpha", number(info, "alpha", 1)}}, {{{"T", kFloat16}}}, 1);
+    kernels().gate(gpu_);
+  }
+
+  void compute(Handle context) {
+    std::vector<std::int64_t> shape = shape_of(input(context, 0));
+    std::int64_t count = 1;
+    for (std::size_t index = 0; index + 1 < shape.size(); ++index) count *= shape[index];
+    const std::int64_t outputs = shape_of(input(context, 1)).at(transposed_ ? 0 : 1);
+    shape.back() = outputs / 2;
+    const Handle y = output(context, 0, shape);
+    if (count == 0) return;
+    shape.back() = outputs;
+    const Temporary both(*this, context, y, shape);
+    invoke_built_in(context, {both.value()});
+    gate_rows(gpu_, stream(context), both.address(), address(y), static_cast<int>(outputs / 2), count);
+  }
+
+ private:
+  bool transposed_ = false;
 };
 
 }  // namespace
@@ -141,6 +224,16 @@ const CustomOp& products_operation() {
   // Rows, weights, scales, and what a bundle's matrices don't have: zero points, places, a bias.
   static const Operation made =
       operation_of<Product>({"MatMulNBits", {kFloat16, kUint8, kFloat16, kUint8, kInt32, kFloat16}, 3});
+  return made;
+}
+
+const CustomOp& gated_products_operation() {
+  static const Operation made = operation_of<GatedProduct>({"GatedMatMulNBits", {kFloat16, kUint8, kFloat16}, 3});
+  return made;
+}
+
+const CustomOp& gated_half_products_operation() {
+  static const Operation made = operation_of<GatedHalfProduct>({"GatedFusedMatMul", {kFloat16, kFloat16}, 2});
   return made;
 }
 

@@ -10,6 +10,8 @@
 //   MIN_BLOCKS   thread blocks that a multiprocessor has room for, by their registers.
 //   PARTS        of the input, by thread blocks of their own.
 //   OUTPUTS, BLOCKS  the matrix: its outputs, and blocks of its inputs.
+//   GATED        1 where the outputs' first half is a gate of the second: y = silu(gate) * up then, by gated.cu, which lies
+//                before this text. ACROSS is 2.
 //
 // y[row][output] = sum over blocks of scale * (q - zero) * x[row][input], in float32; a weight is rounded to float16
 // once, as scale times integer, which is what ONNX Runtime's MatMulNBits multiplies with too. Every output's sum has
@@ -29,7 +31,11 @@ constexpr int kBlockBytes = 4 * BITS;
 constexpr int kChunks = BITS / 4;  // of 16 bytes in a block of weights
 constexpr int kThreads = 32 * ACROSS * ALONG;
 constexpr int kOutputs = 16 * TILES * ACROSS;  // of a thread block
-constexpr bool kEven = OUTPUTS % kOutputs == 0;
+// A thread block has its outputs from one place of the matrix, or each of its two halves from one.
+constexpr int kSpans = GATED ? 2 : 1;
+constexpr int kSpan = kOutputs / kSpans, kSpanOutputs = OUTPUTS / kSpans;
+constexpr bool kEven = kSpanOutputs % kSpan == 0;
+static_assert(!GATED || (ACROSS == 2 && OUTPUTS % 2 == 0), "a warp's outputs lie in one half");
 constexpr int kRows = 8 * ROW_TILES;
 constexpr int kSteps = (BLOCKS + 3) / 4;
 
@@ -107,19 +113,30 @@ __device__ __forceinline__ u16 half_of(float value) {
   return half;
 }
 
-// Calls `use(index, row, output)` for each of the thread block's results, `index` its place among them.
+// Calls `use(index, row, output)` for each of the thread block's results, `index` its place among them; of gated ones
+// for the gate's alone, whose up lies kSpan further on there, and kSpanOutputs in the matrix.
 template <typename Use>
 __device__ __forceinline__ void for_results(int rows, Use use) {
-  for (int index = threadIdx.x; index < kRows * kOutputs; index += kThreads) {
-    const int row = index / kOutputs, output = blockIdx.x * kOutputs + index % kOutputs;
-    if (row < rows && output < OUTPUTS) use(index, row, output);
+  for (int place = threadIdx.x; place < kRows * kSpan; place += kThreads) {
+    const int row = place / kSpan, output = blockIdx.x * kSpan + place % kSpan;
+    if (row < rows && output < kSpanOutputs) use(row * kOutputs + place % kSpan, row, output);
   }
+}
+
+// Writes one result, of the sums that `sum(span)` gives.
+template <typename Sum>
+__device__ __forceinline__ void write(u16* y, int row, int output, Sum sum) {
+#if GATED
+  y[(long long)row * kSpanOutputs + output] = gated(half_of(sum(0)), half_of(sum(1)));
+#else
+  y[(long long)row * OUTPUTS + output] = half_of(sum(0));
+#endif
 }
 
 }  // namespace
 
 // weights: [OUTPUTS][BLOCKS][4 * BITS bytes], scales: float16 [OUTPUTS][BLOCKS], x: float16 [rows][32 * BLOCKS],
-// y: float16 [rows][OUTPUTS]. The grid is (parts of the outputs, PARTS). With more than one part of the input, partial
+// y: float16 [rows][OUTPUTS], half of that if GATED. The grid is (parts of the outputs, PARTS). With more than one part of the input, partial
 // is float32 [PARTS][kRows][OUTPUTS], and tickets int32 [parts of the outputs], zero before and after.
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     products(const unsigned char* __restrict__ weights, const u16* __restrict__ scales, const u16* __restrict__ x,
@@ -131,9 +148,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
   // This thread block's steps, and of these every ALONG-th from the warp's own on.
   const int begin = kSteps * blockIdx.y / PARTS, end = kSteps * (blockIdx.y + 1) / PARTS;
 
-  // An output past the last one reads the last one's weights, and is not written.
-  const int first = blockIdx.x * kOutputs + across * TILES * 16 + group;
-  const auto output_of = [&](int tile) { return kEven || first + tile * 8 < OUTPUTS ? tile * 8 : OUTPUTS - 1 - first; };
+  // An output past the last one (of its half) reads the last one's weights, and is not written.
+  const int first = GATED ? across * kSpanOutputs + blockIdx.x * kSpan + group
+                          : blockIdx.x * kOutputs + across * TILES * 16 + group;
+  const int behind = GATED ? (across + 1) * kSpanOutputs : OUTPUTS;
+  const auto output_of = [&](int tile) { return kEven || first + tile * 8 < behind ? tile * 8 : behind - 1 - first; };
   const unsigned char* const values = weights + (long long)first * (BLOCKS * kBlockBytes);
   const u16* const scales_here = scales + (long long)first * BLOCKS;
   const auto fetch = [&](int step, Weights& into) {
@@ -230,13 +249,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
       }
   __syncthreads();
   for_results(rows, [&](int index, int row, int output) {
-    float sum = 0;
+    const auto sum_of = [&](int span) {
+      float sum = 0;
 #pragma unroll
-    for (int of_warp = 0; of_warp < ALONG; ++of_warp) sum += added[of_warp * kRows * kOutputs + index];
-    if (PARTS == 1)
-      y[(long long)row * OUTPUTS + output] = half_of(sum);
-    else
-      partial[((long long)blockIdx.y * kRows + row) * OUTPUTS + output] = sum;
+      for (int of_warp = 0; of_warp < ALONG; ++of_warp)
+        sum += added[of_warp * kRows * kOutputs + index + span * kSpan];
+      return sum;
+    };
+    if (PARTS == 1) {
+      write(y, row, output, sum_of);
+    } else {
+#pragma unroll
+      for (int span = 0; span < kSpans; ++span)
+        partial[((long long)blockIdx.y * kRows + row) * OUTPUTS + output + span * kSpanOutputs] = sum_of(span);
+    }
   });
   if (PARTS == 1) return;
 
@@ -249,11 +275,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
   if (!last) return;
   __threadfence();
   for_results(rows, [&](int, int row, int output) {
-    float sum = 0;
+    write(y, row, output, [&](int span) {
+      float sum = 0;
 #pragma unroll
-    for (int part = 0; part < PARTS; ++part)
-      sum += __ldcg(&partial[((long long)part * kRows + row) * OUTPUTS + output]);
-    y[(long long)row * OUTPUTS + output] = half_of(sum);
+      for (int part = 0; part < PARTS; ++part)
+        sum += __ldcg(&partial[((long long)part * kRows + row) * OUTPUTS + output + span * kSpanOutputs]);
+      return sum;
+    });
   });
   if (threadIdx.x == 0) tickets[blockIdx.x] = 0;
 }
