@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mirror.targets.base import Copier
+from mirror.targets.base import Copier, Mark
 from mirror.targets.onnxruntime_session import OnnxRuntimeDevice, Provider
 
 
@@ -75,6 +75,10 @@ class FakeStream:
 
     def wait(self) -> None:
         self.log.append("stream wait")
+
+    def after(self, mark: Mark) -> None:
+        assert isinstance(mark, FakeMark)
+        self.log.append("after")
 
     def record(self, launch: Callable[[], None]) -> FakeRecording | None:
         self.log.append("record")

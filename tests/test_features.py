@@ -69,7 +69,7 @@ def test_every_row_is_fed_by_the_row_before(bundle: Path) -> None:
         known = len(context) - 1
         draft.see_states(0, states(context[:-1]))
         expected = greedy(context, known, 3)
-        assert draft.propose(np.array(context), 3, None).tokens == tuple(expected)
+        assert draft.propose(np.array(context), 3, None).read().tokens == tuple(expected)
         window = [context[-1], *expected]
         meeting = Meeting()
         meeting.state(states([*context[:-1], *window])[known:])

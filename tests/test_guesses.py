@@ -8,17 +8,19 @@ import onnxruntime as ort
 import pytest
 
 from mirror.bundle import read_manifest
+from mirror.errors import DeviceError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft, Meeting
 from mirror.runtime.guesses import Known, Launched
 from mirror.runtime.loading import load_draft, make_plan
 from mirror.runtime.options import EngineOptions
-from mirror.runtime.records import Outcome
+from mirror.runtime.proposal import LaunchedProposal, Proposal
+from mirror.runtime.records import Mode, Outcome
 from mirror.targets.base import Device, Tensor
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.onnxruntime_session import Buffer
 from mirror.targets.watched import Pass, WatchedDevice
-from tests.lookup import Lookup, LookupBundle, random_table, write_bundle
+from tests.lookup import Lookup, LookupBundle, open_engine, random_table, write_bundle
 from tests.streams import FakeStream, streamed
 
 MODEL = Lookup(random_table(4, 97, 13))
@@ -82,7 +84,7 @@ def test_launched_passes_make_the_same_rollout_and_nothing_waits_between_them(fo
     stream, began = FakeStream(), []
     launched, plain = _draft(folder, launching(stream, began)), _draft(folder, CpuDevice())
     for _ in range(3):  # also once bindings are there
-        proposals = [draft.propose(CONTEXT, 3, None).tokens for draft in (launched, plain)]
+        proposals = [draft.propose(CONTEXT, 3, None).read().tokens for draft in (launched, plain)]
         assert proposals[0] == proposals[1]
         window = np.array([CONTEXT[-1], *proposals[0]])
         stream.log.clear()
@@ -95,10 +97,63 @@ def test_launched_passes_make_the_same_rollout_and_nothing_waits_between_them(fo
     assert branch_passes.index("spread") < len(branch_passes) - 1 - branch_passes[::-1].index("upload")
 
 
+@pytest.mark.parametrize("mode", [Mode.SERIAL, Mode.MIRROR])
+def test_a_target_that_only_launches_follows_the_proposal_before_the_host_has_read_it(folder: Path, mode: Mode) -> None:
+    with open_engine(folder, EngineOptions(mode=Mode.PLAIN)) as engine:
+        expected = engine.generate_tokens(CONTEXT.tolist(), max_new_tokens=24).tokens
+    streams = FakeStream(), FakeStream()
+    target, draft = (launching(stream, []) for stream in streams)
+    with open_engine(folder, EngineOptions(mode=mode), target=target, draft=draft) as engine:
+        result = engine.generate_tokens(CONTEXT.tolist(), max_new_tokens=24)
+    assert result.tokens == expected
+    assert result.events == ()
+    log = streams[0].log
+    assert "after" in log
+    # The window's passes give one token each, so three copies; nothing of the target's waits between them.
+    first = log.index("after")
+    assert log[first - 2 : first + 6] == ["upload", "renew", "after", "upload", "after", "upload", "after", "upload"]
+
+
+def test_a_draft_whose_device_fails_behind_its_launches_is_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(proposal: LaunchedProposal) -> Proposal:
+        raise DeviceError("the GPU fell off")
+
+    with open_engine(folder, EngineOptions(mode=Mode.PLAIN)) as engine:
+        expected = engine.generate_tokens(CONTEXT.tolist(), max_new_tokens=24).tokens
+    monkeypatch.setattr(LaunchedProposal, "read", fails)
+    target, draft = (launching(FakeStream(), []) for _ in range(2))
+    with open_engine(folder, EngineOptions(mode=Mode.SERIAL), target=target, draft=draft) as engine:
+        result = engine.generate_tokens(CONTEXT.tolist(), max_new_tokens=24)
+    assert result.tokens == expected
+    assert [event.kind for event in result.events] == ["draft_lost"]
+    assert "the GPU fell off" in result.events[0].message
+
+
+def test_tokens_that_the_target_may_not_know_are_waited_for(tmp_path: Path) -> None:
+    wider = Lookup(random_table(4, 97, 17))
+    folder = write_bundle(tmp_path / "b", LookupBundle(MODEL, wider, gamma=3, kappa=2))
+    proposal = _draft(folder, launching(FakeStream(), [])).propose(CONTEXT, 3, None)
+    assert isinstance(proposal, Proposal)
+
+
+def test_what_was_fetched_is_kept_for_as_long_as_anyone_may_ask() -> None:
+    buffer = _on_device([1, 2], FakeStream())
+    first = buffer.fetch()
+    place = first.place  # type: ignore[attr-defined]
+    first()
+    buffer.value.numpy()[...] = 7
+    second = buffer.fetch()
+    assert place.tolist() == first().tolist() == [[1, 2]]
+    del first
+    third = buffer.fetch()
+    assert third.place is place  # type: ignore[attr-defined]
+    assert second().tolist() == third().tolist() == [[7, 7]]
+
+
 def test_a_branch_that_was_taken_goes_on_alone(folder: Path) -> None:
     stream = FakeStream()
     launched, plain = _draft(folder, launching(stream, [])), _draft(folder, CpuDevice())
-    window = np.array([CONTEXT[-1], *plain.propose(CONTEXT, 3, None).tokens])
+    window = np.array([CONTEXT[-1], *plain.propose(CONTEXT, 3, None).read().tokens])
     whole = plain.roll_out(CONTEXT, window, 3, Meeting(), None)
     accepted, token = int(whole.branches.accepted[-1]), int(whole.branches.next_tokens[-1])
     meeting = _DecidedLater(Outcome(accepted, token), 2)

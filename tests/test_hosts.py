@@ -139,7 +139,8 @@ for bits in (4, 8):
         for found, (blocks, scales) in zip(session.run(None, {"x": x}), weights):
             expected = x[0].astype(np.float32) @ dequantised(blocks, scales, bits).T
             np.testing.assert_allclose(found[0], expected, rtol=0, atol=5e-3 * np.abs(expected).max())
-    gated = ort.InferenceSession(product_model(weights[:1], bits, gated=True), options, providers=["CPUExecutionProvider"])
+    model = product_model(weights[:1], bits, gated=True)
+    gated = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     for rows in (1, 20):
         x = np.random.default_rng(rows).standard_normal((1, rows, 96), np.float32).astype(np.float16)
         found, whole = gated.run(None, {"x": x})[0], session.run(["y0"], {"x": x})[0]

@@ -82,7 +82,7 @@ def test_streams_see_what_they_should(bundle: Path, tokens_per_pass: tuple[int, 
     context = CONTEXT
     for _ in range(3):
         expected = streamed(context.tolist(), passes, MODEL.vocab_size)
-        assert draft.propose(context, 5, None).tokens == tuple(expected)
+        assert draft.propose(context, 5, None).read().tokens == tuple(expected)
         window = np.array([context[-1], *expected])
         rollout = draft.roll_out(context, window, 5, Meeting(), None)
         assert len(rollout.branches) == 12

@@ -46,7 +46,7 @@ def watched(tmp_path: Path) -> _Watched:
 
 
 def _window(draft: Draft) -> np.ndarray:
-    return np.array([CONTEXT[-1], *draft.propose(CONTEXT, 3, None).tokens])
+    return np.array([CONTEXT[-1], *draft.propose(CONTEXT, 3, None).read().tokens])
 
 
 def test_all_branches_go_on_while_the_outcome_is_open(watched: _Watched) -> None:
@@ -123,7 +123,7 @@ def test_nothing_begins_once_it_is_abandoned(watched: _Watched) -> None:
     watched.draft.roll_out(CONTEXT, window, 3, watched.meeting, None)
     assert watched.widths == []
     # And what the draft has read is still right.
-    assert watched.draft.propose(CONTEXT, 3, None).tokens == tuple(window[1:].tolist())
+    assert watched.draft.propose(CONTEXT, 3, None).read().tokens == tuple(window[1:].tolist())
 
 
 @pytest.mark.parametrize("draft_vocab", [9, 17])

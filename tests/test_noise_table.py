@@ -18,7 +18,8 @@ from mirror.runtime.model_draft import ModelDraft
 from mirror.runtime.noise import gumbel, uniforms
 from mirror.runtime.noise_table import NoiseTable
 from mirror.runtime.options import EngineOptions
-from mirror.runtime.records import Mode, Proposal
+from mirror.runtime.proposal import Proposal
+from mirror.runtime.records import Mode
 from mirror.runtime.sampling import HEAD_TOKENS, CoupledNoise
 from mirror.summary import summarize
 from mirror.targets.base import Array, Device
@@ -99,7 +100,7 @@ def test_a_device_guesses_draws_as_the_host_does_and_nothing_waits_between_passe
     launched, plain = _draft(folder, launching(stream, began)), _draft(folder, CpuDevice())
     for turn in range(3):
         noise = CoupledNoise(turn // 2, 0.9)
-        proposals = [draft.propose(CONTEXT, 3, noise).tokens for draft in (launched, plain)]
+        proposals = [draft.propose(CONTEXT, 3, noise).read().tokens for draft in (launched, plain)]
         assert proposals[0] == proposals[1]
         window = np.array([CONTEXT[-1], *proposals[0]])
         stream.log.clear()
@@ -123,7 +124,7 @@ def test_rows_that_passes_under_way_look_at_are_left_alone(tmp_path: Path, monke
         NoiseTable, "draw", lambda table, noise, all_: (drawn.extend(all_), draw(table, noise, all_))[1]
     )
     first = CONTEXT.size  # the position that both look at first
-    window = np.array([CONTEXT[-1], *draft.propose(CONTEXT, gamma, NOISE).tokens])
+    window = np.array([CONTEXT[-1], *draft.propose(CONTEXT, gamma, NOISE).read().tokens])
     assert (min(drawn), max(drawn)) == (first, first + gamma - 1)
     for work in (
         lambda: draft.roll_out(CONTEXT, window, gamma, Meeting(), NOISE),

@@ -41,7 +41,7 @@ def _draft(folder: Path, limit: int) -> Draft:
 
 def _seen(draft: Draft, context: Ints) -> list[int]:
     """Return how many of a context's last tokens give what the draft proposes."""
-    proposed = draft.propose(context, 3, None).tokens
+    proposed = draft.propose(context, 3, None).read().tokens
     return [n for n in range(1, context.size + 1) if tuple(oracle_greedy(MODEL, context[-n:].tolist(), 3)) == proposed]
 
 
@@ -58,7 +58,7 @@ def test_a_rollout_continues_what_was_read(folder: Path) -> None:
     for before, count, seen in ((0, 6, 6), (6, 8, 8), (8, 11, 4), (11, 14, 7)):
         context = TEXT[:count]
         draft.keep(before)  # what follows is not what the last window had
-        window = np.array([context[-1], *draft.propose(context, 3, None).tokens])
+        window = np.array([context[-1], *draft.propose(context, 3, None).read().tokens])
         rollout = draft.roll_out(context, window, 3, Meeting(), None)
         assert len(rollout.branches) == 8
         for accepted, token in zip(rollout.branches.accepted, rollout.branches.next_tokens, strict=True):

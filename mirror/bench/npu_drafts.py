@@ -81,7 +81,7 @@ def walk(draft: ModelDraft, gamma: int, text: Text, most: int) -> Rounds:
     draft.keep(0)
     while done + gamma < known.size and total.rounds < most:
         context = known[:done]
-        proposal = draft.propose(context, gamma, None).tokens
+        proposal = draft.propose(context, gamma, None).read().tokens
         accepted = _matching(proposal, known[done:])
         outcome = (accepted, int(known[done + accepted]))
         prepared = _prepares(draft, context, proposal, outcome)

@@ -237,7 +237,7 @@ def make_case(bundle: Path, draft: ModelDraft, gamma: int) -> Case:
     """Return a rollout in the middle of an answer."""
     text = answers(bundle, [load_prompts(1)[0].text], 24)[0]
     context = np.array([*text.prompt, *text.answer[:12]], np.int64)
-    window = np.array([context[-1], *draft.propose(context, gamma, None).tokens], np.int64)
+    window = np.array([context[-1], *draft.propose(context, gamma, None).read().tokens], np.int64)
     return Case(draft, context, window, gamma, draft.roll_out(context, window, gamma, Meeting(), None))
 
 

@@ -99,7 +99,7 @@ def _read_and_draft(draft: ModelDraft, gamma: int, text: Text) -> None:
     draft.keep(0)
     for end in range(len(text.prompt) + 1, known.size, 3):
         context = known[:end]
-        proposal = draft.propose(context, gamma, None).tokens
+        proposal = draft.propose(context, gamma, None).read().tokens
         meeting = Meeting()
         meeting.abandon()  # the window is all that is to be read
         draft.roll_out(context, np.array([context[-1], *proposal], np.int64), 1, meeting, None)

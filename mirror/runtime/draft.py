@@ -6,7 +6,8 @@ import threading
 import time
 from typing import Protocol
 
-from mirror.runtime.records import Candidates, Floats, Ints, Outcome, Proposal, Rollout
+from mirror.runtime.proposal import LaunchedProposal, Proposal
+from mirror.runtime.records import Candidates, Floats, Ints, Outcome, Rollout
 from mirror.runtime.sampling import CoupledNoise
 
 
@@ -98,8 +99,8 @@ class Draft(Protocol):
         """
         ...
 
-    def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal:
-        """Return at most `count` tokens to follow the context.
+    def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal | LaunchedProposal:
+        """Return at most `count` tokens to follow the context, just so many of a device that makes them still.
 
         Args:
             noise: what the target's own draws will be made with; None where it takes the likeliest.

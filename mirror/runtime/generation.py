@@ -17,6 +17,7 @@ from mirror.errors import DraftError
 from mirror.runtime.acceptance import verify
 from mirror.runtime.draft import Draft, Meeting
 from mirror.runtime.logits import Logits
+from mirror.runtime.proposal import LaunchedProposal, Proposal
 from mirror.runtime.records import (
     Event,
     FinishReason,
@@ -25,7 +26,6 @@ from mirror.runtime.records import (
     Lane,
     Mode,
     Outcome,
-    Proposal,
     Rollout,
     Round,
     Span,
@@ -123,9 +123,12 @@ class Generation:
     def step(self) -> tuple[int, ...]:
         """Run one round; return the tokens that it committed."""
         start_s, mode, first = time.perf_counter(), self._mode, len(self._sequence)
-        window = self._propose()
-        # Launching comes first where it is all that there is to do: the draft has the whole prefix to read the window.
-        state = self._run_prefix(window) if self._target.launches and self._ahead is None else None
+        window, coming = self._propose()
+        # Launching comes first where it is all that there is to do: the draft has the whole prefix to read the window,
+        # and a proposal that is being made still is waited for by the target's device, not by this thread.
+        launches = self._target.launches and self._ahead is None
+        state = self._run_prefix(window, coming) if launches else None
+        window = self._read(window, coming)
         overlap = self._start_rollout(window)
         if self._mode is Mode.SERIAL:
             # All that the next window's draft may look at, while the target works.
@@ -207,35 +210,50 @@ class Generation:
         """How many tokens may still be committed."""
         return min(self._stopping.left, self._sequence.room)
 
-    def _propose(self) -> Ints:
-        """Return the window: the last token, and what the draft says comes next."""
+    def _propose(self) -> tuple[Ints, LaunchedProposal | None]:
+        """Return the window: the last token, and what the draft says comes next; any ids for what is coming still."""
         prepared, self._prepared = self._prepared, None
         count = min(self._shape.gamma, self._room - 1)
-        if prepared is None and count > 0 and self._mode is not Mode.PLAIN:
-            prepared = self._redraft(count)
         last = self._sequence.tokens[-1:]
-        return np.concatenate([last, np.array((prepared or ())[:count], np.int64)])
+        if prepared is None and count > 0 and self._mode is not Mode.PLAIN:
+            proposal = self._redraft(count)
+            if isinstance(proposal, LaunchedProposal):
+                return np.repeat(last, 1 + proposal.count), proposal
+            prepared = proposal.tokens
+            self._draft_spans.extend(proposal.spans)
+        return np.concatenate([last, np.array((prepared or ())[:count], np.int64)]), None
 
-    def _redraft(self, count: int) -> tuple[int, ...]:
+    def _redraft(self, count: int) -> Proposal | LaunchedProposal:
         """Return a proposal made while the target waits."""
         self._wait_earlier("redraft" if self.rounds else "draft_prefill_wait")
         if self._mode is Mode.PLAIN or self._seat is None:
-            return ()
+            return Proposal(())
         tokens, states = self._sequence.tokens, self._take_states()
 
-        def propose(draft: Draft) -> Proposal:
+        def propose(draft: Draft) -> Proposal | LaunchedProposal:
             _deliver(draft, states)
             return draft.propose(tokens, count, self._noise)
 
-        job: Job[Proposal] = self._seat.start(propose)
+        job: Job[Proposal | LaunchedProposal] = self._seat.start(propose)
         try:
             with self._log.span("redraft"):
-                proposal = self._seat.finish(job)
+                return self._seat.finish(job)
         except DraftError as error:
             self._lose_draft(error)
-            return ()
+            return Proposal(())
+
+    def _read(self, window: Ints, coming: LaunchedProposal | None) -> Ints:
+        """Return the window once it is known; of one whose draft failed the last token, whose row is right anyway."""
+        if coming is None or self._seat is None:
+            return window
+        try:
+            with self._log.span("redraft"):
+                proposal = self._seat.read(coming)
+        except DraftError as error:
+            self._lose_draft(error)
+            return window[:1]
         self._draft_spans.extend(proposal.spans)
-        return proposal.tokens
+        return np.concatenate([window[:1], np.array(proposal.tokens, np.int64)])
 
     def _start_rollout(self, window: Ints) -> _Overlap | None:
         """Send the draft off to continue every likely outcome of this window."""
@@ -312,9 +330,9 @@ class Generation:
         states, self._unseen = self._unseen, []
         return states
 
-    def _run_prefix(self, window: Ints) -> ExitState:
+    def _run_prefix(self, window: Ints, coming: LaunchedProposal | None = None) -> ExitState:
         with self._log.span("prefix"):
-            return self._target.run_prefix(window, len(self._sequence) - 1)
+            return self._target.run_prefix(window, len(self._sequence) - 1, coming)
 
     def _choose(self, logits: Logits, row: int, position: int) -> int:
         token = self._sampler.choose_row(logits, row, position)

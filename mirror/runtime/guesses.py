@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from mirror.runtime.records import Ints
-from mirror.targets.base import DeviceTensor, Fetched, FollowOn
+from mirror.targets.base import DeviceTensor, Fetched, FollowOn, GivenIds
 
 
 class Guess(Protocol):
@@ -115,7 +115,12 @@ class Launched:
 
     def follow(self, ids: Ints, stride: int) -> FollowOn | None:
         """Return ids that are completed where the pass ran, or by who takes them."""
-        return FollowOn(ids, self.given, self.first, self.branches, self.count, stride)
+        return FollowOn(ids, (GivenIds(self.given, self.first, 0, self.branches, self.count, stride),))
+
+    def part(self, place: int, stride: int) -> GivenIds:
+        """Return ids from a place on that are completed by what was fetched, for whoever may not look where it was."""
+        assert self.fetched is not None, "a later pass may have written over it"
+        return GivenIds(self.fetched, self.first, place, self.branches, self.count, stride)
 
     def some(self, first: int, count: int) -> Launched:
         """Return some branches'."""

@@ -24,7 +24,8 @@ from mirror.runtime.guesses import Guess, Known, Launched
 from mirror.runtime.lookahead import BranchPass, branch_passes, branches_at
 from mirror.runtime.noise_table import NoiseTable
 from mirror.runtime.pace import BranchPace
-from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Floats, Ints, Lane, Proposal, Rollout
+from mirror.runtime.proposal import LaunchedProposal, Proposal
+from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Floats, Ints, Lane, Rollout
 from mirror.runtime.sampling import CoupledNoise
 from mirror.runtime.spans import SpanLog
 from mirror.targets.base import KVCache, LoadedSegment, Tensor, to_host
@@ -128,8 +129,9 @@ class ModelDraft:
         if self._segments.sampled is not None:
             self._segments.sampled.noise.draw(noise, position + np.arange(min(count, NOISE_POSITIONS)))
 
-    def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal:
+    def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal | LaunchedProposal:
         """Draft pass after pass, the likeliest token each time."""
+        start_s = time.perf_counter()
         # A context read ahead of time would have no logits left; its last row is run again.
         self._know(tokens.shape[0] - 1)
         with self._log.span("propose"):
@@ -138,6 +140,10 @@ class ModelDraft:
             for item in others:
                 width = fit_width(self._segments.branch.widths, item.rows)
                 guesses.append(self._step(guesses[-1], item.gives, width, noise).fetch())
+            launched = tuple(guess for guess in guesses if isinstance(guess, Launched))
+            # The target would have no embedding for a token that it doesn't know.
+            if len(launched) == len(guesses) and self._shape.vocab_size <= self._shape.target_vocab_size:
+                return LaunchedProposal(launched, start_s)
             proposed = np.concatenate([guess.tokens()[0] for guess in guesses])
         return Proposal(self._known_tokens(proposed), self._log.take())
 

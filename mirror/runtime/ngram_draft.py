@@ -6,7 +6,8 @@ import numpy as np
 
 from mirror.runtime.candidates import CandidateSource, choose_branches
 from mirror.runtime.draft import Meeting
-from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Floats, Ints, Lane, Proposal, Rollout
+from mirror.runtime.proposal import Proposal
+from mirror.runtime.records import NO_BRANCHES, Branches, Candidates, Floats, Ints, Lane, Rollout
 from mirror.runtime.sampling import CoupledNoise
 from mirror.runtime.spans import SpanLog
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 
 from mirror.runtime.draft import Draft, Meeting
-from mirror.runtime.records import Floats, Ints, Proposal, Rollout
+from mirror.runtime.proposal import LaunchedProposal, Proposal
+from mirror.runtime.records import Floats, Ints, Rollout
 from mirror.runtime.sampling import CoupledNoise
 
 
@@ -44,7 +45,7 @@ class RecentDraft:
         """Draw the noise of positions ahead of time."""
         self._inner.draw_ahead(self._of_recent(noise), position - self._skipped, count)
 
-    def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal:
+    def propose(self, tokens: Ints, count: int, noise: CoupledNoise | None) -> Proposal | LaunchedProposal:
         """Return at most `count` tokens to follow the end of the context."""
         recent = self._recent(tokens)
         return self._inner.propose(recent, count, noise and self._of_recent(noise))

@@ -94,14 +94,6 @@ NO_BRANCHES = Branches(NO_INTS, NO_INTS)
 
 
 @dataclass(frozen=True, slots=True)
-class Proposal:
-    """What a draft proposes to follow the committed tokens; may be shorter than asked, or empty."""
-
-    tokens: tuple[int, ...]
-    spans: tuple[Span, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Rollout:
     """The branches of one window and how they go on.
 

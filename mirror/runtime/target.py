@@ -10,8 +10,9 @@ import numpy as np
 
 from mirror.runtime.feeds import FeedPool, chunk_width, fit_width
 from mirror.runtime.logits import Logits
+from mirror.runtime.proposal import LaunchedProposal
 from mirror.runtime.records import Candidates, Floats, Ints
-from mirror.targets.base import Fetched, FollowOn, KVCache, LoadedSegment, Tensor, to_host
+from mirror.targets.base import Fetched, FollowOn, GivenIds, KVCache, LoadedSegment, Tensor, to_host
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,14 @@ class Target:
         """Whether the last pass was only launched: another can follow it, and the host is free meanwhile."""
         return self._last is not None and not isinstance(self._last.feeds["hidden_states"], np.ndarray)
 
-    def run_prefix(self, tokens: Ints, past_length: int) -> ExitState:
-        """Run the layers below the exit over a window, int64 [n]; write slots `past_length..`."""
+    def run_prefix(self, tokens: Ints, past_length: int, coming: LaunchedProposal | None = None) -> ExitState:
+        """Run the layers below the exit over a window, int64 [n]; write slots `past_length..`.
+
+        Args:
+            coming: what the window's tokens behind the first will be, whatever `tokens` has in their place.
+        """
         rows = tokens.shape[0]
-        return self._prefix(tokens, past_length, fit_width(self._segments.widths, self._pinned_width or rows))
+        return self._prefix(tokens, past_length, fit_width(self._segments.widths, self._pinned_width or rows), coming)
 
     def exit_states(self) -> Floats:
         """Return a host copy of the last prefix pass's states, `[rows, hidden]`, its real rows alone."""
@@ -141,7 +146,7 @@ class Target:
         width = fit_width(self._segments.widths, self._pinned_width or 1)
         feeds = self._pool.at(width)
         feeds.fill_causal(np.zeros(1, np.int64), past_length)
-        ids = FollowOn(feeds.ids, given, first=0, groups=1, count=1, stride=1)
+        ids = FollowOn(feeds.ids, (GivenIds(given, first=0, place=0, groups=1, count=1, stride=1),))
         return self.run_suffix(self._launch_prefix({**feeds.tensors, "input_ids": ids}, past_length, 1, width))
 
     def prefill(self, tokens: Ints, past_length: int, chunk: int) -> tuple[int, Logits | None]:
@@ -160,10 +165,11 @@ class Target:
         logits = self._suffix(state, rows - 1, rows)
         return rows, logits if rows == tokens.shape[0] else None
 
-    def _prefix(self, tokens: Ints, past_length: int, width: int) -> ExitState:
+    def _prefix(self, tokens: Ints, past_length: int, width: int, coming: LaunchedProposal | None = None) -> ExitState:
         feeds = self._pool.at(width)
         feeds.fill_causal(tokens, past_length)
-        return self._launch_prefix(feeds.tensors, past_length, tokens.shape[0], width)
+        tensors = feeds.tensors if coming is None else {**feeds.tensors, "input_ids": coming.follow(feeds.ids)}
+        return self._launch_prefix(tensors, past_length, tokens.shape[0], width)
 
     def _launch_prefix(self, feeds: Mapping[str, Tensor], past_length: int, rows: int, width: int) -> ExitState:
         outputs = self._segments.prefix.run(feeds, self._segments.prefix_cache, past_length)

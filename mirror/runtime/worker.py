@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from mirror.errors import DraftError
 from mirror.runtime.draft import Draft
+from mirror.runtime.proposal import LaunchedProposal, Proposal
 
 T = TypeVar("T")
 
@@ -80,8 +81,19 @@ class DraftSeat:
         Raises:
             DraftError: the draft raised or hung; it is lost from now on.
         """
+        return self._guarded(lambda: job.result(self._timeout_s))
+
+    def read(self, proposal: Proposal | LaunchedProposal) -> Proposal:
+        """Wait for what a proposal's passes give; not for less than for ever, as for any pass on a device like that.
+
+        Raises:
+            DraftError: the device failed; the draft is lost from now on.
+        """
+        return self._guarded(proposal.read)
+
+    def _guarded(self, wait: Callable[[], T]) -> T:
         try:
-            return job.result(self._timeout_s)
+            return wait()
         except Exception as error:
             self.lost = (
                 f"the draft failed ({type(error).__name__}: {error}); generation goes on without it, "

@@ -75,8 +75,21 @@ class LoadRequest:
     spare: bool = False
 
 
-# Waits for values that are on their way to host memory and returns them, an array of the caller's own. Call it once.
+# Waits for values that are on their way to host memory and returns them, an array of the caller's own.
 Fetched = Callable[[], Array]
+
+
+class Mark(Protocol):
+    """A place in a stream."""
+
+    def renew(self) -> None:
+        """Move it behind all that was launched so far."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until the stream has come to it."""
+        ...
+
 
 # Launches one copy; the same one at every call. Made once, since what a copy says takes longer to say than to launch.
 Copier = Callable[[], None]
@@ -114,24 +127,45 @@ Tensor = Array | DeviceTensor
 
 
 @dataclass(frozen=True)
-class FollowOn:
-    """Input ids of which some are tokens that an earlier pass gives, unread by the host; a `DeviceTensor` itself.
-
-    A segment on the same device copies them there; any other waits for them.
+class GivenIds:
+    """Input ids that an earlier pass gives.
 
     Attributes:
-        ids: int64 `[1, width]`, the ids that are known; anything where they aren't.
-        given: int64 `[1, n]`, what the earlier pass gave.
+        given: int64 `[1, n]`, what that pass gave: where it left it, until the next pass of its kind, or on its way to
+            the host.
         first: the first of `given` that is taken.
-        groups, count, stride: ids `g * stride .. g * stride + count - 1` are the next `count` of `given`, for group g.
+        place: the id that it becomes.
+        groups, count, stride: the `count` ids from `place + g * stride` on are the next of `given`, for group g.
     """
 
-    ids: Array
-    given: DeviceTensor
+    given: DeviceTensor | Fetched
     first: int
+    place: int
     groups: int
     count: int
     stride: int
+
+    def fill(self, ids: Array) -> None:
+        """Write them into ids `[1, width]`, waiting for them."""
+        values = self.given() if callable(self.given) else self.given.numpy()
+        taken = values[0, self.first : self.first + self.groups * self.count]
+        starts = self.place + np.arange(self.groups)[:, None] * self.stride
+        ids[0, (starts + np.arange(self.count)).reshape(-1)] = taken
+
+
+@dataclass(frozen=True)
+class FollowOn:
+    """Input ids of which some are tokens that earlier passes give, unread by the host; a `DeviceTensor` itself.
+
+    A segment on a device that can order itself behind those passes copies them there; any other waits for them.
+
+    Attributes:
+        ids: int64 `[1, width]`, the ids that are known; anything where they aren't.
+        parts: the others.
+    """
+
+    ids: Array
+    parts: tuple[GivenIds, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,9 +175,8 @@ class FollowOn:
     def numpy(self) -> Array:
         """Return all ids, waiting for those that were given."""
         ids = self.ids.copy()
-        taken = self.given.numpy()[0, self.first : self.first + self.groups * self.count]
-        starts = np.arange(self.groups)[:, None] * self.stride
-        ids[0, (starts + np.arange(self.count)).reshape(-1)] = taken
+        for part in self.parts:
+            part.fill(ids)
         return ids
 
     def numpy_part(self, start: int, count: int) -> Array:
@@ -152,7 +185,7 @@ class FollowOn:
 
     def wait(self) -> None:
         """Wait for the given tokens."""
-        self.given.wait()
+        self.numpy()
 
     def fetch(self) -> Fetched:
         """Return the ids, waiting at once."""

@@ -21,7 +21,7 @@ import numpy as np
 from onnxruntime.capi import build_and_package_info
 
 from mirror.errors import DeviceError
-from mirror.targets.base import Array, Copier
+from mirror.targets.base import Array, Copier, Mark
 from mirror.targets.cuda_driver import PartStream, multiprocessors, part_stream
 
 _LOG = logging.getLogger("mirror")
@@ -120,6 +120,11 @@ class CudaStream:
         """Wait for all that was launched on this stream."""
         _call("cudaStreamSynchronize", self._stream)
 
+    def after(self, mark: Mark) -> None:
+        """Let all that is launched from now on wait for a mark, which may be another stream's; nobody waits here."""
+        assert isinstance(mark, CudaMark), "streams of one runtime alone know each other's marks"
+        _call("cudaStreamWaitEvent", self._stream, mark.event, ctypes.c_uint(0))
+
     def record(self, launch: Callable[[], None]) -> CudaRecording | None:
         """Record what a call launches on this stream, without running it.
 
@@ -168,20 +173,24 @@ class CudaStream:
 
 
 class CudaMark:
-    """A place in a stream that a host can wait for; renewed at will."""
+    """A place in a stream that a host can wait for, and other streams; renewed at will.
+
+    Attributes:
+        event: the runtime's own.
+    """
 
     def __init__(self, stream: ctypes.c_void_p) -> None:
         self._stream = stream
-        self._event = ctypes.c_void_p()
-        _call("cudaEventCreateWithFlags", ctypes.byref(self._event), ctypes.c_uint(_NO_TIMING))
+        self.event = ctypes.c_void_p()
+        _call("cudaEventCreateWithFlags", ctypes.byref(self.event), ctypes.c_uint(_NO_TIMING))
 
     def renew(self) -> None:
         """Move the mark behind all that was launched so far."""
-        _call("cudaEventRecord", self._event, self._stream)
+        _call("cudaEventRecord", self.event, self._stream)
 
     def wait(self) -> None:
         """Wait until the stream has come to the mark; at once if it has."""
-        _call("cudaEventSynchronize", self._event)
+        _call("cudaEventSynchronize", self.event)
 
 
 class CudaRecording:

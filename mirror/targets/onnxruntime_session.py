@@ -25,9 +25,11 @@ from mirror.targets.base import (
     Copier,
     Fetched,
     FollowOn,
+    GivenIds,
     KVCache,
     LoadedSegment,
     LoadRequest,
+    Mark,
     PassShape,
     StoredWeights,
     Tensor,
@@ -65,18 +67,6 @@ class Memory:
     def is_host(self) -> bool:
         """Whether numpy can look at it."""
         return self.kind == "cpu"
-
-
-class Mark(Protocol):
-    """A place in a stream."""
-
-    def renew(self) -> None:
-        """Move it behind all that was launched so far."""
-        ...
-
-    def wait(self) -> None:
-        """Wait until the stream has come to it."""
-        ...
 
 
 class Recording(Protocol):
@@ -121,6 +111,10 @@ class DeviceStream(Protocol):
 
     def wait(self) -> None:
         """Wait for all that was launched."""
+        ...
+
+    def after(self, mark: Mark) -> None:
+        """Let all that is launched from now on wait for a mark, which may be another stream's."""
         ...
 
     def record(self, launch: Callable[[], None]) -> Recording | None:
@@ -222,18 +216,35 @@ class Buffer:
         place, download, mark = self._places.pop() if self._places else self._new_place(self.stream)
         download()
         mark.renew()
-
-        def arrived() -> Array:
-            mark.wait()
-            found = place.copy()
-            self._places.append((place, download, mark))
-            return found
-
-        return arrived
+        return _Arriving(place, mark, lambda: self._places.append((place, download, mark)))
 
     def _new_place(self, stream: DeviceStream) -> tuple[Array, Copier, Mark]:
         place = stream.pinned(self._dtype, self.value.shape())
         return place, stream.downloader(place, self.value.data_ptr()), stream.mark()
+
+
+class _Arriving:
+    """Values on their way to a pinned array, which is theirs for as long as anyone may ask for them; a `Fetched`.
+
+    Attributes:
+        place: the array.
+        mark: behind their copy.
+    """
+
+    __slots__ = ("_give_back", "mark", "place")
+
+    def __init__(self, place: Array, mark: Mark, give_back: Callable[[], None]) -> None:
+        self.place = place
+        self.mark = mark
+        self._give_back = give_back
+
+    def __call__(self) -> Array:
+        """Wait for the values and return a copy."""
+        self.mark.wait()
+        return self.place.copy()
+
+    def __del__(self) -> None:
+        self._give_back()
 
 
 def make_buffer(memory: Memory, dtype: str, shape: Sequence[int], stream: DeviceStream | None = None) -> Buffer:
@@ -325,7 +336,7 @@ class _StagingBlock:
         self._device = make_buffer_of_bytes(memory, size)
         self._stream = stream
         self._upload = stream.uploader(self._device.data_ptr(), self._pinned)
-        self._follow: dict[tuple[str, int, int, int, int], Copier] = {}
+        self._follow: dict[tuple[object, ...], Copier] = {}
         self._mark = stream.mark()
         self.arrays: dict[str, Array] = {}
         self.addresses: dict[str, int] = {}
@@ -343,18 +354,29 @@ class _StagingBlock:
         self._upload()
         self._mark.renew()
 
-    def follow(self, name: str, feed: FollowOn) -> None:
-        """Copy ids that an earlier pass gives over those of the block, in order."""
-        assert isinstance(feed.given, Buffer)
-        size = self.arrays[name].itemsize
-        source = feed.given.value.data_ptr() + feed.first * size
-        key = name, source, feed.groups, feed.count, feed.stride
+    def follow(self, name: str, part: GivenIds) -> None:
+        """Copy ids that an earlier pass gives over those of the block, in order; see `_can_follow`."""
+        given = part.given
+        if isinstance(given, _Arriving):
+            self._stream.after(given.mark)
+            source = given.place.ctypes.data
+        else:
+            assert isinstance(given, Buffer)
+            source = given.value.data_ptr()
+        key = name, source, part.first, part.place, part.groups, part.count, part.stride
         copy = self._follow.get(key)
         if copy is None:
-            copy = self._follow[key] = self._stream.spreader(
-                self.addresses[name], feed.stride * size, source, feed.count * size, feed.groups
-            )
+            copy = self._follow[key] = self._copier(name, part)
         copy()
+
+    def _copier(self, name: str, part: GivenIds) -> Copier:
+        given, size = part.given, self.arrays[name].itemsize
+        target = self.addresses[name] + part.place * size
+        if isinstance(given, _Arriving):
+            return self._stream.uploader(target, given.place[0, part.first : part.first + part.count])
+        assert isinstance(given, Buffer)
+        source = given.value.data_ptr() + part.first * size
+        return self._stream.spreader(target, part.stride * size, source, part.count * size, part.groups)
 
 
 def make_buffer_of_bytes(memory: Memory, size: int) -> ort.OrtValue:
@@ -453,29 +475,31 @@ class OnnxRuntimeSegment:
         """Stage the inputs and start the pass; without a stream, wait for its end."""
         if bound.block is not None:
             bound.block.wait()  # what a pass before this one reads must have left the block
-        following: list[tuple[str, FollowOn]] = []
+        following: list[tuple[str, GivenIds]] = []
         for name, array in bound.staging.items():
             feed = feeds[name]
             if isinstance(feed, np.ndarray):
                 array[...] = feed
-            elif isinstance(feed, FollowOn) and self._is_ours(feed.given):
+            elif isinstance(feed, FollowOn) and all(map(self._can_follow, feed.parts)):
                 array[...] = feed.ids
-                following.append((name, feed))
+                following += [(name, part) for part in feed.parts]
             else:
                 array[...] = to_host(feed)
         if bound.block is not None:
             bound.block.upload()
-            for name, feed in following:
-                bound.block.follow(name, feed)
+            for name, part in following:
+                bound.block.follow(name, part)
         if bound.recording is not None:
             bound.recording.replay()
         else:
             self._compute(bound)
 
-    def _is_ours(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is in this device's memory, and work on it ordered by its stream."""
-        stream = self._provider.stream
-        return isinstance(tensor, Buffer) and tensor.stream is stream and stream is not None
+    def _can_follow(self, part: GivenIds) -> bool:
+        """Return whether this device's stream can take given ids: from its own work, or on their way to the host."""
+        stream, given = self._provider.stream, part.given
+        if isinstance(given, _Arriving):
+            return stream is not None and part.groups == 1
+        return isinstance(given, Buffer) and given.stream is stream and stream is not None
 
     def _compute(self, bound: Bound) -> None:
         """Start the pass, recording it if the time for that has come."""

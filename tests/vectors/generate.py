@@ -694,7 +694,7 @@ def _draft_turn(draft: Draft, gamma: int, context: tuple[int, ...], noise: Coupl
     # As an engine does: what the draft has read of another context is forgotten, and states come before they are used.
     draft.keep(3)
     draft.see_states(0, exit_states(0, len(context) - 1))
-    proposed = draft.propose(tokens, gamma, noise).tokens
+    proposed = draft.propose(tokens, gamma, noise).read().tokens
     window = np.array([context[-1], *proposed], np.int64)
 
     def rolled_out(outcome: Outcome | None) -> Rollout:
