@@ -59,6 +59,7 @@ class CudaRuntime {
     find(destroy_event, "cudaEventDestroy");
     find(record_event, "cudaEventRecord");
     find(wait_event, "cudaEventSynchronize");
+    find(stream_wait_event, "cudaStreamWaitEvent");
     find(nodes, "cudaGraphGetNodes");
     find(node_type, "cudaGraphNodeGetType");
     find(destroy_node, "cudaGraphDestroyNode");
@@ -97,6 +98,7 @@ class CudaRuntime {
   int (*destroy_event)(Handle);
   int (*record_event)(Handle, Handle);
   int (*wait_event)(Handle);
+  int (*stream_wait_event)(Handle, Handle, unsigned);
   int (*nodes)(Handle, Handle*, std::size_t*);
   int (*node_type)(Handle, int*);
   int (*destroy_node)(Handle);
@@ -138,6 +140,7 @@ class CudaMark final : public Mark {
 
   void renew() override { runtime().check(runtime().record_event(event_, stream_), "cudaEventRecord"); }
   void wait() override { runtime().check(runtime().wait_event(event_), "cudaEventSynchronize"); }
+  Handle event() const { return event_; }
 
  private:
   Handle stream_, event_ = nullptr;
@@ -246,6 +249,11 @@ class CudaStream final : public DeviceStream {
   std::unique_ptr<Mark> mark() override {
     select();
     return std::make_unique<CudaMark>(stream_);
+  }
+
+  void after(Mark& mark) override {
+    const Handle event = static_cast<CudaMark&>(mark).event();
+    runtime().check(runtime().stream_wait_event(stream_, event, 0), "cudaStreamWaitEvent");
   }
 
   std::unique_ptr<Recording> record(const std::function<void()>& launch) override {

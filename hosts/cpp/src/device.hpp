@@ -42,13 +42,6 @@ struct PassOutputs {
   int top = 0;
 };
 
-// A pass's token_ids on their way to the host.
-class SentIds {
- public:
-  virtual ~SentIds() = default;
-  virtual const std::int64_t* wait() = 0;  // [rows]
-};
-
 // A segment bound to the buffers of one pass: nothing is allocated or looked up any more.
 class BoundPass {
  public:

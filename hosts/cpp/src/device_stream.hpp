@@ -42,6 +42,8 @@ class DeviceStream {
   // Waits for all that was launched.
   virtual void wait() = 0;
   virtual std::unique_ptr<Mark> mark() = 0;
+  // Lets all that is launched from now on wait for a mark, which may be of another stream of the same kind.
+  virtual void after(Mark& mark) = 0;
   // Records what a call launches, without running it; null where that can't be replayed.
   virtual std::unique_ptr<Recording> record(const std::function<void()>& launch) = 0;
 

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "device.hpp"
+#include "proposal.hpp"
 #include "records.hpp"
 #include "sampling.hpp"
 

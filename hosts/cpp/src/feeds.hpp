@@ -32,11 +32,26 @@ struct LaunchedIds {
   const void* address;
 };
 
-// Ids that the host doesn't know: ids g * stride .. g * stride + count - 1 of the next pass are the next `count` that
-// an earlier one gives, from `first` on, for each group g.
+class Mark;
+
+// A pass's token_ids on their way to the host, int64 [rows].
+class SentIds {
+ public:
+  virtual ~SentIds() = default;
+  virtual const std::int64_t* wait() = 0;
+  // Where in pinned memory they will lie, for as long as this is held, and what lies behind their copy; null where they
+  // have to be waited for.
+  virtual const std::int64_t* place() const { return nullptr; }
+  virtual Mark* mark() { return nullptr; }
+};
+
+// Ids that the host doesn't know: the `count` ids of the next pass from `place` + g * stride on are the next that an
+// earlier one gives, from `first` on, for each group g.
 struct FollowOn {
-  LaunchedIds given;
-  int first, groups, count, stride;
+  LaunchedIds given;              // where they are, for a segment of the same stream
+  std::shared_ptr<SentIds> sent;  // or, of one group, on their way from any stream; with a place, and held until the
+                                  // next pass has ended
+  int first, place, groups, count, stride;
 };
 
 using SlotBranches = std::shared_ptr<std::vector<std::int32_t>>;
@@ -75,8 +90,8 @@ class PassFeeds {
   SlotBranches slot_branch;
   // Whether the host adds a draw's noise to the pass's candidates: it guesses the better the more it gets.
   bool drawn = false;
-  // Ids of the next pass that its device takes from an earlier one's; only for a segment of the same stream, and once.
-  std::optional<FollowOn> follow;
+  // Ids of the next pass that its device takes from earlier ones; only for a segment with a stream, and once.
+  std::vector<FollowOn> follow;
   // The exit layer's state: made by the session that writes it, bound by those that read it.
   std::any hidden_states;
   // Whether it must be in host memory, since writer and readers are on different devices.

@@ -45,9 +45,15 @@ Tokens Generation::step() {
   const auto start = Clock::now();
   const Mode mode = mode_;
   const int first = sequence_.length();
-  const Tokens window = propose();
+  // Held until the target's pass has ended, which may read where its tokens come to the host.
+  Proposal proposal = propose();
+  Tokens window = window_of(proposal);
+  // A proposal that is being made still is waited for by the target's device, not by this thread.
+  const bool launched = !proposal.coming.empty() && target_.launches();
+  if (launched) launch(window, proposal);
+  if (!proposal.coming.empty()) window = read(proposal);
   const auto overlap = start_rollout(window);
-  const Outcome outcome = verify_window(window, overlap);
+  const Outcome outcome = verify_window(window, overlap, launched);
   Tokens tokens(window.begin() + 1, window.begin() + 1 + outcome.accepted);
   tokens.push_back(outcome.next);
   const Tokens committed = commit(std::move(tokens));
@@ -110,23 +116,43 @@ Tokens Generation::prefill() {
 // How many tokens may still be committed.
 int Generation::room() const { return static_cast<int>(std::min<std::int64_t>(stopping_.left(), sequence_.room())); }
 
-// The window: the last token, and what the draft says comes next.
-Tokens Generation::propose() {
+// What the draft says comes next.
+Proposal Generation::propose() {
   auto prepared = std::exchange(prepared_, std::nullopt);
-  const int count = std::min(shape_.gamma, room() - 1);
-  if (!prepared && count > 0 && mode_ != Mode::plain) prepared = redraft(count);
+  const int count = std::max(std::min(shape_.gamma, room() - 1), 0);
+  if (!prepared && count > 0 && mode_ != Mode::plain) return redraft(count);
+  Proposal proposal;
+  if (prepared) proposal.tokens = std::move(*prepared);
+  if (proposal.tokens.size() > static_cast<std::size_t>(count)) proposal.tokens.resize(static_cast<std::size_t>(count));
+  return proposal;
+}
+
+// The window: the last token and the proposal's, or the last one again in place of those that are coming.
+Tokens Generation::window_of(const Proposal& proposal) const {
   Tokens window = {sequence_.tokens().back()};
-  if (prepared)
-    window.insert(window.end(), prepared->begin(),
-                  prepared->begin() +
-                      std::min<std::ptrdiff_t>(std::max(count, 0), static_cast<std::ptrdiff_t>(prepared->size())));
+  window.insert(window.end(), proposal.tokens.begin(), proposal.tokens.end());
+  window.resize(1 + proposal.size(), window.front());
   return window;
 }
 
+// The window once it is known; of one whose draft failed the last token, whose row is right anyway.
+Tokens Generation::read(Proposal& proposal) {
+  try {
+    const auto span = log_.span(SpanName::redraft);
+    seat_->read(proposal);
+  } catch (const Error& error) {
+    lose_draft(error);
+    return {sequence_.tokens().back()};
+  }
+  draft_spans_.insert(draft_spans_.end(), proposal.spans.begin(), proposal.spans.end());
+  return window_of(proposal);
+}
+
 // A proposal made while the target waits.
-Tokens Generation::redraft(int count) {
+Proposal Generation::redraft(int count) {
   wait_reading();
   if (mode_ == Mode::plain) return {};
+  Proposal proposal;
   try {
     // Begins before the draft does: waking it may cost this thread its core.
     const auto span = log_.span(SpanName::redraft);
@@ -135,20 +161,21 @@ Tokens Generation::redraft(int count) {
           for (const auto& [start, values] : *states) draft.see_states(start, values);
           return draft.propose(*tokens, count, noise);
         });
-    Proposal proposal = seat_->finish(job);
-    draft_spans_.insert(draft_spans_.end(), proposal.spans.begin(), proposal.spans.end());
-    return std::move(proposal.tokens);
+    proposal = seat_->finish(job);
+    if (proposal.coming.empty()) draft_spans_.insert(draft_spans_.end(), proposal.spans.begin(), proposal.spans.end());
   } catch (const Error& error) {
     lose_draft(error);
-    return {};
   }
+  return proposal;
 }
+
+// How far the next window's draft may go; it has at most one token less than there is room for, and begins with x_0.
+int Generation::depth() const { return mode_ == Mode::mirror ? std::min(shape_.gamma, room() - 2) : 0; }
 
 // Sends the draft off to continue every likely outcome of this window.
 std::optional<Generation::Overlap> Generation::start_rollout(const Tokens& window) {
-  // The next window has at most one token less than there is room for, and begins with x_0.
-  const int depth = std::min(shape_.gamma, room() - 2);
-  if (mode_ != Mode::mirror || depth < 1) return std::nullopt;
+  const int depth = this->depth();
+  if (depth < 1) return std::nullopt;
   auto meeting = std::make_shared<Meeting>();
   auto job = seat_->start<Rollout>(
       [tokens = copy_of_tokens(), states = take_states(), window, depth, meeting, noise = noise_](Draft& draft) {
@@ -159,9 +186,9 @@ std::optional<Generation::Overlap> Generation::start_rollout(const Tokens& windo
 }
 
 // Runs the target over the window and compares.
-Outcome Generation::verify_window(const Tokens& window, const std::optional<Overlap>& overlap) {
+Outcome Generation::verify_window(const Tokens& window, const std::optional<Overlap>& overlap, bool launched) {
   try {
-    const RowLogits logits = run_target(window, overlap);
+    const RowLogits logits = run_target(window, overlap, launched);
     const std::int64_t position = sequence_.length();
     Outcome outcome;
     {
@@ -177,22 +204,27 @@ Outcome Generation::verify_window(const Tokens& window, const std::optional<Over
   }
 }
 
-// The window's logits, at the pass's end; offers the exit's states and candidates on the way.
-RowLogits Generation::run_target(const Tokens& window, const std::optional<Overlap>& overlap) {
+// Starts the target's pass over a window; on devices that only launch all of it, so that they never wait for this
+// thread.
+void Generation::launch(const Tokens& window, const Proposal& coming) {
+  const auto span = log_.span(SpanName::prefix);
+  target_.run_prefix(window.data(), static_cast<int>(window.size()), sequence_.length() - 1, coming);
+  if (!target_.launches()) return;
+  if (shape_.wants_exit && depth() > 0) target_.run_exit_head();
+  target_.run_suffix();
+}
+
+// The window's logits, at the pass's end; offers the exit's states and candidates on the way. `launched`: whether the
+// pass was.
+RowLogits Generation::run_target(const Tokens& window, const std::optional<Overlap>& overlap, bool launched) {
   if (std::exchange(ahead_, false)) {
     const auto span = log_.span(SpanName::suffix);
     return read_logits();
   }
   const int start = sequence_.length() - 1;
   const bool offers = overlap && shape_.wants_exit;
-  // What is only launched is launched at once, so that the device never waits for this thread.
   const bool launches = target_.launches();
-  {
-    const auto span = log_.span(SpanName::prefix);
-    target_.run_prefix(window.data(), static_cast<int>(window.size()), start);
-    if (launches && offers) target_.run_exit_head();
-    if (launches) target_.run_suffix();
-  }
+  if (!launched) launch(window, {});
   if (note_states(start) && overlap) overlap->meeting->state(unseen_.back().second);
   if (offers) {
     const auto span = log_.span(SpanName::exit_head);

@@ -36,6 +36,7 @@ void ModelDraft::read(const Tokens& tokens) {
 }
 
 Proposal ModelDraft::propose(const Tokens& tokens, int count, const Noise& noise) {
+  const Clock::time_point start = Clock::now();
   // A context read ahead of time would have no logits left; its last row is run again.
   know(static_cast<int>(tokens.size()) - 1);
   Tokens line;
@@ -44,13 +45,22 @@ Proposal ModelDraft::propose(const Tokens& tokens, int count, const Noise& noise
     std::vector<Given> passes;
     for (const BranchPass& item : branch_passes(shape_.proposal_tokens_per_pass, count))
       passes.push_back(passes.empty() ? advance(tokens, item.gives, noise) : go_on(passes.back(), item.gives, noise));
+    // The target would have no embedding for a token that it doesn't know.
+    const bool launched = std::all_of(passes.begin(), passes.end(),
+                                      [](const Given& pass) { return pass.sent && pass.sent->mark() != nullptr; });
+    if (launched && shape_.vocab_size <= shape_.target_vocab_size) {
+      Proposal proposal;
+      for (const Given& pass : passes) proposal.coming.push_back({pass.sent, pass.gives});
+      proposal.start = start;
+      return proposal;
+    }
     for (const Given& pass : passes) {
       const Token* next = pass.wait();
       line.insert(line.end(), next, next + pass.gives);
     }
   }
   line.erase(std::find_if_not(line.begin(), line.end(), [this](Token token) { return known(token); }), line.end());
-  return {std::move(line), log_.take()};
+  return {std::move(line), log_.take(), {}, {}};
 }
 
 Rollout ModelDraft::roll_out(const Tokens& tokens, const Tokens& window, int depth, Meeting& meeting,
@@ -166,7 +176,8 @@ ModelDraft::Given ModelDraft::step(const Token* tokens, int count, const std::op
   Pass& pass = pass_at(width);
   pass.feeds.fill_rows(all, past);
   pass.feeds.want_rows(count - 1, gives);
-  if (launched) pass.feeds.follow = FollowOn{*launched, 0, 1, count, rows};
+  pass.feeds.follow.clear();
+  if (launched) pass.feeds.follow.push_back({*launched, nullptr, 0, 0, 1, count, rows});
   Given given = give(pass, all, gives, past, noise);
   given.gives = gives;
   std::fill(streams, streams + (gives - 1), no_branch);
@@ -284,9 +295,10 @@ ModelDraft::Given ModelDraft::branch_pass(const BranchPass& item, const Alive& a
   std::fill(pass.feeds.logit_rows.begin() + static_cast<std::ptrdiff_t>(wanted), pass.feeds.logit_rows.end(),
             pass.feeds.logit_rows[wanted - 1]);
   pass.feeds.fill_rows(rows, slot);
+  pass.feeds.follow.clear();
   if (alive.given)
-    pass.feeds.follow =
-        FollowOn{*alive.given, alive.first, static_cast<int>(alive.rows.size()), item.real, item.rows()};
+    pass.feeds.follow.push_back(
+        {*alive.given, nullptr, alive.first, 0, static_cast<int>(alive.rows.size()), item.real, item.rows()});
   Given given = give(pass, rows, static_cast<int>(wanted), slot, noise);
   given.rows = alive.rows;
   given.gives = item.gives;

@@ -76,11 +76,6 @@ struct Rollout {
   std::vector<Span> spans;
 };
 
-struct Proposal {
-  Tokens tokens;
-  std::vector<Span> spans;
-};
-
 // One round as it went. `reused` is absent where no branch was wanted.
 struct Round {
   Mode mode;

@@ -88,8 +88,10 @@ class Sent final : public SentIds {
   }
   const std::int64_t* wait() override {
     mark_->wait();
-    return static_cast<const std::int64_t*>(memory_.get());
+    return place();
   }
+  const std::int64_t* place() const override { return static_cast<const std::int64_t*>(memory_.get()); }
+  Mark* mark() override { return mark_.get(); }
 
  private:
   std::shared_ptr<void> memory_;
@@ -186,17 +188,23 @@ class StreamPass final : public BoundPass {
     return to;
   }
 
-  // Puts ids that an earlier pass gives over those of the block.
+  // Puts ids that earlier passes give over those of the block.
   void follow() {
-    if (!feeds_.follow) return;
-    const FollowOn from = *std::exchange(feeds_.follow, std::nullopt);
-    constexpr std::size_t size = sizeof(std::int64_t);
+    const std::vector<FollowOn> parts = std::exchange(feeds_.follow, {});
     const auto ids = std::find_if(given_.places.begin(), given_.places.end(),
                                   [](const Block::Place& place) { return place.spec->name == "input_ids"; });
     if (ids == given_.places.end()) return;
-    stream().spread(given_.device(*ids), static_cast<std::size_t>(from.stride) * size,
-                    static_cast<const std::byte*>(from.given.address) + static_cast<std::size_t>(from.first) * size,
-                    static_cast<std::size_t>(from.count) * size, static_cast<std::size_t>(from.groups));
+    const auto bytes = [](int numbers) { return static_cast<std::size_t>(numbers) * sizeof(std::int64_t); };
+    for (const FollowOn& from : parts) {
+      std::byte* const to = given_.device(*ids) + bytes(from.place);
+      if (from.sent) {
+        stream().after(*from.sent->mark());
+        stream().upload(to, from.sent->place() + from.first, bytes(from.count));
+      } else {
+        stream().spread(to, bytes(from.stride), static_cast<const std::byte*>(from.given.address) + bytes(from.first),
+                        bytes(from.count), static_cast<std::size_t>(from.groups));
+      }
+    }
   }
 
   std::int32_t total(int past_length) const {

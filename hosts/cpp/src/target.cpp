@@ -22,8 +22,18 @@ Target::Target(TargetSegments segments, const TargetShape& shape)
       prefix_cache_(segments_.prefix->make_cache()),
       suffix_cache_(segments_.suffix->make_cache()) {}
 
-void Target::run_prefix(const Token* tokens, int count, int past) {
-  open(tokens, count, past, fit_width(widths_, shape_.pinned_width.value_or(count)));
+void Target::run_prefix(const Token* tokens, int count, int past, const Proposal& coming) {
+  std::vector<FollowOn> follow;
+  int place = 1;
+  for (const auto& [sent, gives] : coming.coming) {
+    follow.push_back({{}, sent, 0, place, 1, gives, gives});
+    place += gives;
+  }
+  open_window(tokens, count, past, std::move(follow));
+}
+
+void Target::open_window(const Token* tokens, int count, int past, std::vector<FollowOn> follow) {
+  open(tokens, count, past, fit_width(widths_, shape_.pinned_width.value_or(count)), std::move(follow));
 }
 
 void Target::run_exit_head() {
@@ -54,7 +64,8 @@ std::optional<RowLogits> Target::run_ahead(int past) {
   if (!given || segments_.hidden_on_host) return std::nullopt;
   auto sent = suffix_->send_ids();  // before the next pass writes over them
   const Token unknown = 0;
-  open(&unknown, 1, past, fit_width(widths_, shape_.pinned_width.value_or(1)), FollowOn{*given, 0, 1, 1, 1});
+  open(&unknown, 1, past, fit_width(widths_, shape_.pinned_width.value_or(1)),
+       {FollowOn{*given, nullptr, 0, 0, 1, 1, 1}});
   run_suffix();
   sent->wait();
   return RowLogits(std::move(sent), shape_.vocab_size);
@@ -68,7 +79,7 @@ Target::Prefilled Target::prefill(const Token* tokens, int count, int past, int 
   return {next.rows, logits()};
 }
 
-void Target::open(const Token* tokens, int count, int past, int width, const std::optional<FollowOn>& follow) {
+void Target::open(const Token* tokens, int count, int past, int width, std::vector<FollowOn> follow) {
   pass_ = &pool_.at(width, [&] {
     auto made = std::make_unique<Pass>(width, shape_.max_positions);
     made->feeds.hidden_on_host = segments_.hidden_on_host;
@@ -78,7 +89,7 @@ void Target::open(const Token* tokens, int count, int past, int width, const std
   past_ = past;
   rows_ = count;
   pass_->feeds.fill_causal(tokens, count, past);
-  pass_->feeds.follow = follow;  // none too: a pass that failed may have left its own
+  pass_->feeds.follow = std::move(follow);  // none too: a pass that failed may have left its own
   pass_->prefix->run(past);
 }
 

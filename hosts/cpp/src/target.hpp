@@ -5,9 +5,11 @@
 #include <memory>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "device.hpp"
 #include "pass_pool.hpp"
+#include "proposal.hpp"
 #include "records.hpp"
 
 namespace mirror {
@@ -56,7 +58,9 @@ class Target {
 
   // Runs the layers below the exit over a window; writes slots past... The pass stays open for the
   // exit head and the suffix until the next one.
-  void run_prefix(const Token* tokens, int count, int past);
+  void run_prefix(const Token* tokens, int count, int past) { open_window(tokens, count, past, {}); }
+  // The same over a window that a draft's device is making still; where its tokens will be, `tokens` may hold any.
+  void run_prefix(const Token* tokens, int count, int past, const Proposal& coming);
   void run_exit_head();
   void run_suffix();
   // Whether these only launch, so that one needs no other's end to follow it.
@@ -88,7 +92,8 @@ class Target {
     std::map<int, std::unique_ptr<BoundPass>> suffix;  // by wanted rows
   };
 
-  void open(const Token* tokens, int count, int past, int width, const std::optional<FollowOn>& follow = std::nullopt);
+  void open_window(const Token* tokens, int count, int past, std::vector<FollowOn> follow);
+  void open(const Token* tokens, int count, int past, int width, std::vector<FollowOn> follow = {});
   void suffix(int first, int rows);
 
   TargetSegments segments_;

@@ -50,6 +50,12 @@ DraftSeat::~DraftSeat() {
   thread_.join();
 }
 
+void DraftSeat::lose(const std::string& why) {
+  lost_ =
+      "the draft failed (" + why + "); generation goes on without it, in plain mode, until the bundle is loaded again";
+  throw Error(ErrorKind::draft, *lost_);
+}
+
 void DraftSeat::push(Task task) {
   const std::lock_guard<std::mutex> lock(room_->mutex);
   room_->tasks.push_back(std::move(task));

@@ -90,9 +90,17 @@ class DraftSeat {
     try {
       return job->wait(timeout_s_);
     } catch (const Error& error) {
-      lost_ = std::string("the draft failed (") + error.what() +
-              "); generation goes on without it, in plain mode, until the bundle is loaded again";
-      throw Error(ErrorKind::draft, *lost_);
+      lose(error.what());
+    }
+  }
+
+  // Waits for what a proposal's passes give; for as long as it takes, as for any pass on a device like that. Throws as
+  // `finish` does.
+  void read(Proposal& proposal) {
+    try {
+      proposal.read();
+    } catch (...) {
+      lose(current_error());
     }
   }
 
@@ -111,6 +119,7 @@ class DraftSeat {
     bool closing = false, ended = false;
   };
 
+  [[noreturn]] void lose(const std::string& why);
   void push(Task task);
   static void serve(const std::shared_ptr<Room>& room);
 

@@ -496,7 +496,9 @@ struct LoneDraft {
 
   Rollout roll_out(const std::optional<Outcome>& decided) {
     const Tokens context = {1, 2, 3, 4, 5, 6, 7};
-    Tokens window = draft->propose(context, 4, std::nullopt).tokens;
+    Proposal proposal = draft->propose(context, 4, std::nullopt);
+    if (!proposal.coming.empty()) proposal.read();
+    Tokens window = proposal.tokens;
     window.insert(window.begin(), context.back());
     meeting = std::make_unique<Meeting>();
     outcome = decided;
@@ -558,15 +560,17 @@ void passes_that_are_launched() {
   every_mode("launched", launched, launched);
   every_mode("launched target", launched, waited);
   every_mode("launched draft", waited, launched);
-  int recorded = 0, replayed = 0, spreads = 0;
+  int recorded = 0, replayed = 0, spreads = 0, followed = 0;
   for (const auto& stream : streams) {
     recorded += stream->recorded;
     replayed += stream->replayed;
     spreads += stream->spreads;
+    followed += stream->followed;
     checks.check(!stream->spoilt, "what a pass was given stays until it has been copied");
   }
   checks.check(recorded > 50 && replayed > 3 * recorded, "passes are recorded once and replayed");
   checks.check(spreads > 100, "a rollout's passes follow each other on the device");
+  checks.check(followed > 20, "a target's pass follows a proposal that nobody has read");
 }
 
 // A device whose passes are launched.
@@ -574,6 +578,21 @@ std::shared_ptr<HookedDevice> on_stream(std::shared_ptr<LateStream> stream, Hook
   auto made = std::make_shared<HookedDevice>(std::move(hook), Form::inplace, fixed);
   made->stream = std::move(stream);
   return made;
+}
+
+// A draft whose device fails behind what it launched is left out, and the answer goes on.
+void proposal_that_never_comes() {
+  const auto stream = std::make_shared<LateStream>();
+  // While the target's pass over the first window begins, whose tokens the draft is making still.
+  const Hook hook = nth("target_prefix", 2, [stream](const std::string&, const PassFeeds&) { stream->broken = true; });
+  const auto engine =
+      open_engine("context", in_mode(Mode::serial), on_stream(std::make_shared<LateStream>(), hook), on_stream(stream));
+  const auto answer = run(*engine);
+  checks.equal(answer->tokens(), path(), "a proposal that never comes");
+  const auto events = answer->events();
+  checks.check(events.size() == 1 && events[0].kind == "draft_lost" &&
+                   events[0].message.find("out of luck") != std::string::npos,
+               "is told of");
 }
 
 // In plain mode a pass is launched before the last one's token is read, and none after the answer's last.
@@ -785,6 +804,7 @@ int main(int count, char** arguments) {
       checks.group("taken", [&] { taken_branch_goes_on_alone(launched, limits); });
   checks.group("widths", passes_have_widths_of_their_own);
   checks.group("launched", passes_that_are_launched);
+  checks.group("never comes", proposal_that_never_comes);
   for (const bool hurries : {false, true}) {
     for (const bool pinned : {false, true})
       for (const bool fixed : {false, true})

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "device_stream.hpp"
+#include "error.hpp"
 #include "host_memory.hpp"
 
 namespace mirror {
@@ -46,6 +47,11 @@ class LateStream final : public DeviceStream {
   }
   void wait() override { wait_for(arrived_ + launched_.size()); }
   std::unique_ptr<Mark> mark() override { return std::make_unique<LateMark>(*this); }
+  // What lies before the mark has arrived when that comes which is launched from now on.
+  void after(Mark& mark) override {
+    ++followed;
+    static_cast<LateMark&>(mark).arrive();
+  }
 
   // Nothing runs while it is recorded, as on a GPU.
   std::unique_ptr<Recording> record(const std::function<void()>& launch) override {
@@ -53,7 +59,9 @@ class LateStream final : public DeviceStream {
     return std::make_unique<Again>(launch, replayed);
   }
 
-  std::atomic<int> replayed{0}, spreads{0};
+  std::atomic<int> replayed{0}, spreads{0}, followed{0};
+  // Whether who waits for one of its marks hears that its device has failed.
+  std::atomic<bool> broken{false};
   // Spreads of what was on its way to the host, and had not arrived there.
   std::atomic<int> unread{0};
   // Whether a source was written over before its copy would have been made.
@@ -70,7 +78,11 @@ class LateStream final : public DeviceStream {
    public:
     explicit LateMark(LateStream& stream) : stream_(stream) {}
     void renew() override { place_ = stream_.arrived_ + stream_.launched_.size(); }
-    void wait() override { stream_.wait_for(place_); }
+    void wait() override {
+      if (stream_.broken) throw Error(ErrorKind::device, "out of luck");
+      arrive();
+    }
+    void arrive() { stream_.wait_for(place_); }
 
    private:
     LateStream& stream_;

@@ -50,6 +50,9 @@ void* mirror_operators_register(void* options, const void* api_base) {
       };
     }
     for (const Handle made : domains) pass_on(api->call(kAddCustomOpDomain, options, made));
+    // No function is left to be written out ahead of time. ONNX Runtime would do so for some of its own operators too
+    // then, and ask all providers for each node on the way: none but ours has a kernel for nodes as we describe them.
+    pass_on(api->call(kAddSessionConfigEntry, options, "session.disable_aot_function_inlining", "1"));
   });
 }
 

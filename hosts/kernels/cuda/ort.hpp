@@ -41,6 +41,7 @@ enum Function : std::size_t {
   kReleaseStatus = 93,
   kReleaseValue = 96,
   kReleaseTensorTypeAndShapeInfo = 99,
+  kAddSessionConfigEntry = 130,
   kReleaseAllocator = 132,
   kKernelContextGetGpuComputeStream = 193,
   kGetTensorMemoryInfo = 194,
