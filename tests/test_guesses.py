@@ -1,5 +1,6 @@
 """Passes that are launched one after the other: what one gives goes to the next without the host."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,17 +32,20 @@ def _on_device(values: Sequence[int], stream: FakeStream) -> Buffer:
     return Buffer(ort.OrtValue.ortvalue_from_numpy(np.array([values])), None, stream, "int64")
 
 
+def _left_on(stream: FakeStream, outputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {
+        name: Buffer(ort.OrtValue.ortvalue_from_numpy(value), None, stream, str(value.dtype))
+        for name, value in outputs.items()
+        if isinstance(value, np.ndarray)
+    }
+
+
 def launching(stream: FakeStream, began: list[int]) -> Device:
     """Return a device whose outputs must be fetched, and are written over by the next pass of the same size."""
 
     def watch(item: Pass) -> Mapping[str, Tensor]:
         began.append(len(stream.log))
-        outputs = item.run()
-        return {
-            name: Buffer(ort.OrtValue.ortvalue_from_numpy(value), None, stream, str(value.dtype))
-            for name, value in outputs.items()
-            if isinstance(value, np.ndarray)
-        }
+        return _left_on(stream, item.run())
 
     return WatchedDevice(streamed(stream), watch)
 
@@ -173,3 +177,44 @@ class _DecidedLater(Meeting):
     def outcome(self) -> Outcome | None:
         self._left -= 1
         return self._later if self._left <= 0 else None
+
+
+def noting(seen: list[str], failing: int = -1) -> Device:
+    """Return a device that only launches and notes its passes' segments; one of the target's passes can fail."""
+    stream = FakeStream()
+
+    def watch(item: Pass) -> Mapping[str, Tensor]:
+        seen.append(item.segment)
+        if item.segment == "target_prefix" and seen.count(item.segment) == failing:
+            raise DeviceError("out of luck")
+        return _left_on(stream, item.run())
+
+    return WatchedDevice(streamed(stream), watch)
+
+
+@pytest.mark.parametrize("mode", [Mode.SERIAL, Mode.MIRROR])
+def test_the_next_round_begins_before_tokens_are_handed_out(folder: Path, mode: Mode) -> None:
+    seen: list[str] = []
+    target, draft = noting(seen), launching(FakeStream(), [])
+    with open_engine(folder, EngineOptions(mode=mode), target=target, draft=draft) as engine:
+        stream = engine.stream_tokens(CONTEXT.tolist(), max_new_tokens=24)
+        handed = [(next(stream), seen.count("target_prefix")) for _ in range(4)]
+        # The prompt's pass and the first round's; the second round begins when a draft has shown that it only launches.
+        assert [passes for _, passes in handed] == [1, 3, 4, 5]
+        stream.close()
+        expected = engine.generate_tokens(CONTEXT.tolist(), max_new_tokens=24, mode=Mode.PLAIN).tokens
+        assert engine.generate_tokens(CONTEXT.tolist(), max_new_tokens=24).tokens == expected
+
+
+def test_a_round_that_cannot_begin_early_fails_when_its_turn_comes(folder: Path) -> None:
+    tokens: list[list[int]] = []
+    for failing in (4, -1):
+        target, draft = noting([], failing), launching(FakeStream(), [])
+        tokens.append([])
+        with open_engine(folder, EngineOptions(mode=Mode.SERIAL), target=target, draft=draft) as engine:
+            stream = engine.stream_tokens(CONTEXT.tolist(), max_new_tokens=24)
+            with pytest.raises(DeviceError, match="out of luck") if failing > 0 else contextlib.nullcontext():
+                tokens[-1].extend(token for token in stream)
+    rounds = len(tokens[0])
+    assert 3 <= rounds < len(tokens[1])
+    assert tokens[0] == tokens[1][:rounds]

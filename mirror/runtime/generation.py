@@ -63,6 +63,25 @@ class _Overlap:
     job: Job[Rollout]
 
 
+@dataclass
+class _Begun:
+    """A round that has begun.
+
+    Attributes:
+        mode: the mode that it began in.
+        window: x_0 and the draft's tokens, or any in place of those that are `coming`.
+        state: the target's pass, where that could be launched.
+        overlap: the rollout, if there is one; one over a window that is coming still begins later.
+    """
+
+    mode: Mode
+    window: Ints
+    coming: LaunchedProposal | None
+    state: ExitState | None
+    overlap: _Overlap | None
+    start_s: float
+
+
 class Generation:
     """One answer, made round by round.
 
@@ -101,6 +120,8 @@ class Generation:
         self._draft_spans: list[Span] = []
         self._prepared: tuple[int, ...] | None = None
         self._ahead: Logits | None = None  # of the next round's pass
+        self._begun: _Begun | Exception | None = None  # the next round, or why it can't begin
+        self._drafts_are_launched = False
         self._earlier: list[Job[None]] = []  # the draft's, that nobody has waited for yet
         self.finish_reason: FinishReason | None = None
         self.rounds: list[Round] = []
@@ -118,27 +139,51 @@ class Generation:
                 yield self.step()
         finally:
             self._sequence.settle()
+            if isinstance(self._begun, _Begun) and self._begun.overlap is not None:
+                self._begun.overlap.meeting.abandon()
             self._let_draft_end()
 
     def step(self) -> tuple[int, ...]:
         """Run one round; return the tokens that it committed."""
-        start_s, mode, first = time.perf_counter(), self._mode, len(self._sequence)
+        begun, self._begun = self._begun, None
+        if isinstance(begun, Exception):
+            raise begun
+        begun, first = begun or self._begin(), len(self._sequence)
+        window, overlap = begun.window, begun.overlap
+        if begun.coming is not None:
+            window = self._read(window, begun.coming)
+            overlap = self._start_rollout(window)
+        if self._mode is Mode.SERIAL:
+            # All that the next window's draft may look at, while the target works.
+            self._draw_ahead(first, 2 * self._shape.gamma + 1)
+        outcome = self._verify(window, overlap, begun.state)
+        committed = self._commit((*window[1 : outcome.accepted + 1].tolist(), outcome.next_token))
+        self._sequence.cached = first + outcome.accepted
+        rollout = self._collect(overlap, outcome)
+        self._note(begun, window, outcome, len(committed), rollout)
+        self._begin_early()
+        return committed
+
+    def _begin(self) -> _Begun:
+        """Begin a round: propose, and start what needs no waiting."""
+        start_s, mode = time.perf_counter(), self._mode
         window, coming = self._propose()
         # Launching comes first where it is all that there is to do: the draft has the whole prefix to read the window,
         # and a proposal that is being made still is waited for by the target's device, not by this thread.
         launches = self._target.launches and self._ahead is None
         state = self._run_prefix(window, coming) if launches else None
-        window = self._read(window, coming)
-        overlap = self._start_rollout(window)
-        if self._mode is Mode.SERIAL:
-            # All that the next window's draft may look at, while the target works.
-            self._draw_ahead(first, 2 * self._shape.gamma + 1)
-        outcome = self._verify(window, overlap, state)
-        committed = self._commit((*window[1 : outcome.accepted + 1].tolist(), outcome.next_token))
-        self._sequence.cached = first + outcome.accepted
-        rollout = self._collect(overlap, outcome)
-        self._note(mode, window, outcome, len(committed), rollout, start_s)
-        return committed
+        overlap = self._start_rollout(window) if coming is None else None
+        return _Begun(mode, window, coming, state, overlap, start_s)
+
+    def _begin_early(self) -> None:
+        """Begin the next round before this one's tokens are handed out, if that only launches: no device waits then."""
+        launches = self._prepared is not None or self._drafts_are_launched
+        if self._mode is Mode.PLAIN or not launches or not self._target.launches or not self._goes_on():
+            return
+        try:
+            self._begun = self._begin()
+        except Exception as error:  # noqa: BLE001  (it is raised when the round's turn has come)
+            self._begun = error
 
     def _goes_on(self) -> bool:
         if self.finish_reason is None and self._cancelled():
@@ -218,6 +263,7 @@ class Generation:
         if prepared is None and count > 0 and self._mode is not Mode.PLAIN:
             proposal = self._redraft(count)
             if isinstance(proposal, LaunchedProposal):
+                self._drafts_are_launched = True
                 return np.repeat(last, 1 + proposal.count), proposal
             prepared = proposal.tokens
             self._draft_spans.extend(proposal.spans)
@@ -363,19 +409,17 @@ class Generation:
         self._prepared = rollout.find(outcome)
         return rollout
 
-    def _note(
-        self, mode: Mode, window: Ints, outcome: Outcome, committed: int, rollout: Rollout | None, start_s: float
-    ) -> None:
+    def _note(self, begun: _Begun, window: Ints, outcome: Outcome, committed: int, rollout: Rollout | None) -> None:
         wanted = rollout is not None and self.finish_reason is None
         self.rounds.append(
             Round(
-                mode=mode,
+                mode=begun.mode,
                 proposed=window.size - 1,
                 accepted=outcome.accepted,
                 committed=committed,
                 reused=self._prepared is not None if wanted else None,
                 branches=len(rollout.branches) if rollout is not None else 0,
-                start_s=start_s,
+                start_s=begun.start_s,
                 end_s=time.perf_counter(),
                 spans=self._log.take() + tuple(self._draft_spans),
             )
