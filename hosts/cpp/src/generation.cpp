@@ -29,6 +29,8 @@ Tokens Generation::next() {
 
 void Generation::settle() {
   sequence_.settle();
+  if (begun_ && begun_->overlap) begun_->overlap->meeting->abandon();
+  begun_.reset();
   // Waits until the draft's thread is idle, so that the next generation finds it so.
   if (seat_ == nullptr || seat_->lost()) return;
   try {
@@ -42,25 +44,44 @@ void Generation::settle() {
 }
 
 Tokens Generation::step() {
-  const auto start = Clock::now();
-  const Mode mode = mode_;
+  if (cannot_begin_) std::rethrow_exception(std::exchange(cannot_begin_, nullptr));
+  Begun begun = begun_ ? *std::exchange(begun_, std::nullopt) : begin();
   const int first = sequence_.length();
-  // Held until the target's pass has ended, which may read where its tokens come to the host.
-  Proposal proposal = propose();
-  Tokens window = window_of(proposal);
-  // A proposal that is being made still is waited for by the target's device, not by this thread.
-  const bool launched = !proposal.coming.empty() && target_.launches();
-  if (launched) launch(window, proposal);
-  if (!proposal.coming.empty()) window = read(proposal);
-  const auto overlap = start_rollout(window);
-  const Outcome outcome = verify_window(window, overlap, launched);
+  Tokens window = begun.window;
+  if (!begun.proposal.coming.empty()) {
+    window = read(begun.proposal);
+    begun.overlap = start_rollout(window);
+  }
+  const auto& overlap = begun.overlap;
+  const Outcome outcome = verify_window(window, overlap, begun.launched);
   Tokens tokens(window.begin() + 1, window.begin() + 1 + outcome.accepted);
   tokens.push_back(outcome.next);
   const Tokens committed = commit(std::move(tokens));
   sequence_.cached = first + outcome.accepted;
   const auto rollout = collect(overlap, outcome);
-  note(mode, window, outcome, committed.size(), rollout, start);
+  note(begun, window, outcome, committed.size(), rollout);
+  begin_early();
   return committed;
+}
+
+// Begins a round: proposes, and starts what needs no waiting. Launching comes first where it is all that there is to
+// do, and a proposal that is being made still is waited for by the target's device, not by this thread.
+Generation::Begun Generation::begin() {
+  Begun begun{mode_, Clock::now(), propose(), {}, target_.launches() && !ahead_, std::nullopt};
+  begun.window = window_of(begun.proposal);
+  if (begun.launched) launch(begun.window, begun.proposal);
+  if (begun.proposal.coming.empty()) begun.overlap = start_rollout(begun.window);
+  return begun;
+}
+
+// Begins the next round before this one's tokens are handed out, if that only launches: no device waits then.
+void Generation::begin_early() {
+  if (mode_ == Mode::plain || !(prepared_ || drafts_are_launched_) || !target_.launches() || !goes_on()) return;
+  try {
+    begun_ = begin();
+  } catch (...) {
+    cannot_begin_ = std::current_exception();  // when the round's turn has come
+  }
 }
 
 bool Generation::goes_on() {
@@ -162,6 +183,7 @@ Proposal Generation::redraft(int count) {
           return draft.propose(*tokens, count, noise);
         });
     proposal = seat_->finish(job);
+    drafts_are_launched_ |= !proposal.coming.empty();
     if (proposal.coming.empty()) draft_spans_.insert(draft_spans_.end(), proposal.spans.begin(), proposal.spans.end());
   } catch (const Error& error) {
     lose_draft(error);
@@ -289,15 +311,16 @@ std::optional<Rollout> Generation::collect(const std::optional<Overlap>& overlap
   }
 }
 
-void Generation::note(Mode mode, const Tokens& window, const Outcome& outcome, std::size_t committed,
-                      const std::optional<Rollout>& rollout, Clock::time_point start) {
+void Generation::note(const Begun& begun, const Tokens& window, const Outcome& outcome, std::size_t committed,
+                      const std::optional<Rollout>& rollout) {
   std::optional<bool> reused;
   if (rollout && !finish_reason) reused = prepared_.has_value();
   std::vector<Span> spans = log_.take();
   spans.insert(spans.end(), draft_spans_.begin(), draft_spans_.end());
   draft_spans_.clear();
-  rounds.push_back({mode, static_cast<int>(window.size()) - 1, outcome.accepted, static_cast<int>(committed), reused,
-                    rollout ? static_cast<int>(rollout->branches.size()) : 0, start, Clock::now(), std::move(spans)});
+  rounds.push_back({begun.mode, static_cast<int>(window.size()) - 1, outcome.accepted, static_cast<int>(committed),
+                    reused, rollout ? static_cast<int>(rollout->branches.size()) : 0, begun.start, Clock::now(),
+                    std::move(spans)});
 }
 
 void Generation::lose_draft(const Error& error) {

@@ -3,6 +3,7 @@
 // tokens are those that the target alone would choose; a draft that fails is left out.
 #pragma once
 
+#include <exception>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -48,6 +49,15 @@ class Generation {
     std::shared_ptr<Meeting> meeting;
     std::shared_ptr<Job<Rollout>> job;
   };
+  // A round that has begun.
+  struct Begun {
+    Mode mode;
+    Clock::time_point start;
+    Proposal proposal;  // held until the target's pass has ended, which may read where its tokens come to the host
+    Tokens window;      // x_0 and the proposal's tokens, or any in place of those that are coming
+    bool launched;      // whether the target's pass was
+    std::optional<Overlap> overlap;  // one over a window that is coming still begins later
+  };
   using SeenStates = std::vector<std::pair<int, States>>;
 
   bool goes_on();
@@ -56,6 +66,8 @@ class Generation {
   Tokens prefill();
   Tokens step();
   int room() const;
+  Begun begin();
+  void begin_early();
   Proposal propose();
   Proposal redraft(int count);
   Tokens window_of(const Proposal& proposal) const;
@@ -70,8 +82,8 @@ class Generation {
   void check(const RowLogits& logits, int row, Token chosen) const;
   Tokens commit(Tokens tokens);
   std::optional<Rollout> collect(const std::optional<Overlap>& overlap, const Outcome& outcome);
-  void note(Mode mode, const Tokens& window, const Outcome& outcome, std::size_t committed,
-            const std::optional<Rollout>& rollout, Clock::time_point start);
+  void note(const Begun& begun, const Tokens& window, const Outcome& outcome, std::size_t committed,
+            const std::optional<Rollout>& rollout);
   void lose_draft(const Error& error);
   std::shared_ptr<const Tokens> copy_of_tokens() const { return std::make_shared<const Tokens>(sequence_.tokens()); }
   bool note_states(int start);
@@ -90,7 +102,10 @@ class Generation {
   SpanLog log_;
   std::vector<Span> draft_spans_;
   std::optional<Tokens> prepared_;
-  bool ahead_ = false;  // whether the next round's pass was launched already
+  bool ahead_ = false;               // whether the next round's pass was launched already
+  std::optional<Begun> begun_;       // the next round,
+  std::exception_ptr cannot_begin_;  // or why it can't begin
+  bool drafts_are_launched_ = false;
   std::shared_ptr<Job<Nothing>> reading_;
   SeenStates unseen_;
 };

@@ -595,6 +595,39 @@ void proposal_that_never_comes() {
                "is told of");
 }
 
+// The next round begins before a round's tokens are handed out, where that only launches. What can't begin is told in
+// its turn, and one that was begun for an answer that nobody goes on with is nobody's.
+void next_round_before_tokens_are_handed_out(Mode mode) {
+  const std::string name = "early " + to_string(mode);
+  int passes = 0, failing = -1;
+  const auto look = [&](const std::string& segment, const PassFeeds& feeds) {
+    if (segment == "target_prefix" && ++passes == failing) out_of_luck(segment, feeds);
+  };
+  const auto engine = open_engine("context", in_mode(mode), on_stream(std::make_shared<LateStream>(), look),
+                                  on_stream(std::make_shared<LateStream>()));
+  {
+    const auto answer = engine->answer(prompt, up_to(40));
+    // The prompt's pass is the first, and a draft has to show once that it only launches.
+    for (const int expected : {1, 3, 4, 5}) {
+      answer->next();
+      checks.equal(passes, expected, name + ": passes begun");
+    }
+  }
+  checks.equal(run(*engine)->tokens(), path(), name + ": an answer after one that was left");
+  passes = 0;
+  failing = 4;
+  const auto answer = engine->answer(prompt, up_to(40));
+  std::string said;
+  int handed = 0;
+  try {
+    while (answer->next()) ++handed;
+  } catch (const std::runtime_error& error) {
+    said = error.what();
+  }
+  checks.check(said == "out of luck" && handed == 3, name + ": the round that can't begin fails in its turn");
+  checks.check(begins_path(answer->tokens()), name + ": after the tokens before it");
+}
+
 // In plain mode a pass is launched before the last one's token is read, and none after the answer's last.
 void next_pass_before_its_token_is_read(bool pinned, bool hurries, bool fixed) {
   const std::string name = std::string("ahead") + (pinned ? " pinned" : "") + (hurries ? " hurrying" : "");
@@ -805,6 +838,8 @@ int main(int count, char** arguments) {
   checks.group("widths", passes_have_widths_of_their_own);
   checks.group("launched", passes_that_are_launched);
   checks.group("never comes", proposal_that_never_comes);
+  for (const Mode mode : {Mode::serial, Mode::mirror})
+    checks.group("early", [mode] { next_round_before_tokens_are_handed_out(mode); });
   for (const bool hurries : {false, true}) {
     for (const bool pinned : {false, true})
       for (const bool fixed : {false, true})
