@@ -12,6 +12,7 @@ from mirror.bundle import read_manifest
 from mirror.errors import DeviceError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft, Meeting
+from mirror.runtime.generation import Generation, _Begun
 from mirror.runtime.guesses import Known, Launched
 from mirror.runtime.loading import load_draft, make_plan
 from mirror.runtime.options import EngineOptions
@@ -111,6 +112,11 @@ def test_a_target_that_only_launches_follows_the_proposal_before_the_host_has_re
         result = engine.generate_tokens(CONTEXT.tolist(), max_new_tokens=24)
     assert result.tokens == expected
     assert result.events == ()
+    with open_engine(folder, EngineOptions(mode=mode)) as engine:
+        waited = engine.generate_tokens(CONTEXT.tolist(), max_new_tokens=24)
+    assert [(one.accepted, one.branches) for one in result.rounds] == [
+        (one.accepted, one.branches) for one in waited.rounds
+    ]
     log = streams[0].log
     assert "after" in log
     # The window's passes give one token each, so three copies; nothing of the target's waits between them.
@@ -131,6 +137,7 @@ def test_a_draft_whose_device_fails_behind_its_launches_is_lost(folder: Path, mo
     assert result.tokens == expected
     assert [event.kind for event in result.events] == ["draft_lost"]
     assert "the GPU fell off" in result.events[0].message
+    assert {one.proposed for one in result.rounds} == {0}, "nobody knows what was proposed"
 
 
 def test_tokens_that_the_target_may_not_know_are_waited_for(tmp_path: Path) -> None:
@@ -203,7 +210,40 @@ def test_the_next_round_begins_before_tokens_are_handed_out(folder: Path, mode: 
         assert [passes for _, passes in handed] == [1, 3, 4, 5]
         stream.close()
         expected = engine.generate_tokens(CONTEXT.tolist(), max_new_tokens=24, mode=Mode.PLAIN).tokens
-        assert engine.generate_tokens(CONTEXT.tolist(), max_new_tokens=24).tokens == expected
+        seen.clear()
+        whole = engine.generate_tokens(CONTEXT.tolist(), max_new_tokens=24)
+        assert whole.tokens == expected
+        # None begins behind the last one.
+        assert seen.count("target_prefix") == 1 + len(whole.rounds)
+
+
+def test_a_round_whose_proposal_must_be_waited_for_begins_when_tokens_were_handed_out(folder: Path) -> None:
+    seen: list[str] = []
+    with open_engine(folder, EngineOptions(mode=Mode.SERIAL), target=noting(seen)) as engine:
+        stream = engine.stream_tokens(CONTEXT.tolist(), max_new_tokens=24)
+        assert [(next(stream), seen.count("target_prefix"))[1] for _ in range(4)] == [1, 2, 3, 4]
+
+
+def test_a_rollout_for_nobody_is_abandoned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Generation] = []
+    begin_early = Generation._begin_early
+
+    def noted(generation: Generation) -> None:
+        begin_early(generation)
+        made.append(generation)
+
+    monkeypatch.setattr(Generation, "_begin_early", noted)
+    target, draft = launching(FakeStream(), []), launching(FakeStream(), [])
+    with open_engine(folder, EngineOptions(mode=Mode.MIRROR), target=target, draft=draft) as engine:
+        stream = engine.stream_tokens(CONTEXT.tolist(), max_new_tokens=60)
+        for _ in stream:
+            begun = made[-1]._begun if made else None
+            if isinstance(begun, _Begun) and begun.overlap is not None:
+                break
+        assert begun.overlap is not None
+        assert not begun.overlap.meeting.abandoned
+        stream.close()
+        assert begun.overlap.meeting.abandoned
 
 
 def test_a_round_that_cannot_begin_early_fails_when_its_turn_comes(folder: Path) -> None:

@@ -51,7 +51,8 @@ def _gated(node: ir.Node) -> tuple[ir.Node, list[ir.Node]] | None:
         between = [silu, sigmoid, split]
         values = [output for part in (*between, product) for output in part.outputs]
         inside = {node, *between}
-        if all(use.node in inside for value in values for use in value.uses()):
+        uses = [use.node for value in values for use in value.uses()]
+        if inside.issuperset(uses) and not any(value.is_graph_output() for value in values):
             return product, between
     return None
 
