@@ -78,6 +78,7 @@ def test_a_gated_product_is_one_node_and_gives_the_same(sizes: tuple[int, ...]) 
 def test_other_graphs_stay_as_they_are() -> None:
     left = [
         model(gate("up", "gate")),  # the second half is the gate
+        model(gate("gate", "gate")),
         model(gate(), halves=False),
         model(gate(sizes=(INNER + 4, INNER - 4)), sizes=(INNER + 4, INNER - 4)),
         *(model(gate(), also=[name]) for name in ("p", "gate", "up", "open", "silu")),

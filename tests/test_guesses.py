@@ -12,13 +12,14 @@ from mirror.bundle import read_manifest
 from mirror.errors import DeviceError
 from mirror.runtime.candidates import CandidateSource
 from mirror.runtime.draft import Draft, Meeting
+from mirror.runtime.feeds import FeedPool
 from mirror.runtime.generation import Generation, _Begun
 from mirror.runtime.guesses import Known, Launched
 from mirror.runtime.loading import load_draft, make_plan
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.proposal import LaunchedProposal, Proposal
 from mirror.runtime.records import Mode, Outcome
-from mirror.targets.base import Device, Tensor
+from mirror.targets.base import Device, FollowOn, GivenIds, LoadRequest, PassShape, Tensor, to_host
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.onnxruntime_session import Buffer
 from mirror.targets.watched import Pass, WatchedDevice
@@ -222,6 +223,31 @@ def test_a_round_whose_proposal_must_be_waited_for_begins_when_tokens_were_hande
     with open_engine(folder, EngineOptions(mode=Mode.SERIAL), target=noting(seen)) as engine:
         stream = engine.stream_tokens(CONTEXT.tolist(), max_new_tokens=24)
         assert [(next(stream), seen.count("target_prefix"))[1] for _ in range(4)] == [1, 2, 3, 4]
+
+
+def test_a_draft_proposes_early_only_where_the_targets_pass_can_follow(folder: Path) -> None:
+    seen: list[str] = []
+    with open_engine(folder, EngineOptions(mode=Mode.SERIAL), draft=noting(seen)) as engine:
+        stream = engine.stream_tokens(CONTEXT.tolist(), max_new_tokens=24)
+        handed = []
+        for _ in range(2):
+            next(stream)
+            handed.append(seen.count("draft"))
+        # The prompt, and three passes for the one window.
+        assert handed[1] == handed[0] + 3
+
+
+def test_what_arrived_once_may_become_other_ids(folder: Path) -> None:
+    stream = FakeStream()
+    device, segment = streamed(stream), read_manifest(folder).segments["target_prefix"]
+    loaded = device.load_segment(LoadRequest(folder, segment, [PassShape(3)], 8, 1))
+    cache, feeds = device.make_cache(segment.kv, 8), FeedPool(8, 100).at(3)
+    arriving = _on_device([9, 8], stream).fetch()
+    for place, expected in ((1, [4, 9, 8]), (0, [9, 8, 6]), (1, [4, 9, 8])):
+        feeds.fill_causal(np.array([4, 5, 6]), 0)
+        ids = FollowOn(feeds.ids, (GivenIds(arriving, 0, place, 1, 2, 2),))
+        outputs = loaded.run({**feeds.tensors, "input_ids": ids}, cache, 0)
+        assert to_host(outputs["hidden_states"])[0, :, 0].tolist() == expected
 
 
 def test_a_rollout_for_nobody_is_abandoned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
