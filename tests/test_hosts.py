@@ -196,7 +196,7 @@ SANITIZED = ("mirror_vectors", "mirror_faults", "mirror_kernels", "mirror_progra
 @pytest.fixture(scope="module", params=["address,undefined", "thread"])
 def sanitized(request: pytest.FixtureRequest, toolchain: Toolchain) -> Path:
     folder = DEFAULT_FOLDER / f"cpp-{request.param.partition(',')[0]}"
-    options = [f"-DMIRROR_SANITIZE={request.param}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O0"]
+    options = [f"-DMIRROR_SANITIZE={request.param}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1"]
     # Sources by the dozen in one unit: much of their compilation is headers. The other build compiles each alone.
     options += ["-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=12"]
     return build_cpp(toolchain, folder, *options, targets=[*SANITIZED]) / "tests"
