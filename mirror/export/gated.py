@@ -75,7 +75,7 @@ def _silu_of(node: ir.Node, gate: ir.Value) -> ir.Node | None:
 
 
 def _is_ours(product: ir.Node) -> bool:
-    """Whether a node is a product of one of the known kinds, without a bias, that no graph gives as an output."""
+    """Whether a node is a product of one of the known kinds, without a bias."""
     return product.domain == ORT and len(product.inputs) == _INPUTS.get(product.op_type, 0)
 
 
