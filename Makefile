@@ -10,7 +10,7 @@ PROMPT = Explain in three sentences why the sky is blue.
 # More options of `mirror run`: make run ARGS="--mode plain --max-new-tokens 64"
 ARGS =
 
-# How many processes share the tests.
+# How many processes share the tests; a file's all go to one, so that none makes its bundles twice.
 PROCESSES = 2
 
 .PHONY: run test lint format docs clean
@@ -20,7 +20,7 @@ run: $(VENV)/.run-installed
 	@printf '%s' "$$MIRROR_PROMPT" | $(BIN)/mirror run $(ARGS)
 
 test: $(VENV)/.test-installed lint
-	$(BIN)/pytest --numprocesses $(PROCESSES)
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check
