@@ -137,6 +137,18 @@ class Node {
     return shape;
   }
 
+  // The rows of the first input, and the shape of as many of another width.
+  struct Rows {
+    std::vector<std::int64_t> shape;
+    std::int64_t count = 1;
+  };
+  Rows rows_of(Handle context, std::int64_t width) const {
+    Rows found{shape_of(input(context, 0))};
+    for (std::size_t index = 0; index + 1 < found.shape.size(); ++index) found.count *= found.shape[index];
+    found.shape.back() = width;
+    return found;
+  }
+
   Address address(Handle value) const {
     if (value == nullptr) return 0;
     void* data = nullptr;

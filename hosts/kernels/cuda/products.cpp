@@ -98,7 +98,7 @@ class Product : public Node {
   Product(const Api& api, Handle info) : Product(api, info, false) {}
 
   void compute(Handle context) {
-    const Rows given = rows(context, matrix_.outputs);
+    const Rows given = rows_of(context, matrix_.outputs);
     const Handle y = output(context, 0, given.shape);
     if (given.count == 0) return;
     if (takes(given.count))
@@ -108,11 +108,6 @@ class Product : public Node {
   }
 
  protected:
-  struct Rows {
-    std::vector<std::int64_t> shape;  // of a result
-    std::int64_t count = 1;
-  };
-
   Product(const Api& api, Handle info, bool gated) : Node(api, info) {
     const auto small = [&](const char* name) { return static_cast<int>(integer(info, name)); };
     matrix_ = {small("N"), small("K"), small("bits"), gated};
@@ -138,13 +133,6 @@ class Product : public Node {
     const auto parts = static_cast<std::size_t>(kernels().compiled(gpu_, matrix_, 1).parts);
     plan_workspace(parts > 1 ? parts * kMostRows * static_cast<std::size_t>(matrix_.outputs) : 0,
                    static_cast<std::size_t>(matrix_.tiles()));
-  }
-
-  Rows rows(Handle context, int width) const {
-    Rows found{shape_of(input(context, 0))};
-    for (std::size_t index = 0; index + 1 < found.shape.size(); ++index) found.count *= found.shape[index];
-    found.shape.back() = width;
-    return found;
   }
 
   bool takes(std::int64_t count) const { return known_ && kFewestRows <= count && count <= kMostRows; }
@@ -179,11 +167,11 @@ class GatedProduct : public Product {
 
   void compute(Handle context) {
     const int inner = matrix_.outputs / 2;
-    const Rows given = rows(context, inner);
+    const Rows given = rows_of(context, inner);
     const Handle y = output(context, 0, given.shape);
     if (given.count == 0) return;
     if (takes(given.count)) return multiply(context, y, static_cast<int>(given.count));
-    const Temporary both(*this, context, y, rows(context, matrix_.outputs).shape);
+    const Temporary both(*this, context, y, rows_of(context, matrix_.outputs).shape);
     invoke_built_in(context, {both.value()});
     gate_rows(gpu_, stream(context), both.address(), address(y), inner, given.count);
   }
@@ -201,17 +189,13 @@ class GatedHalfProduct : public Node {
   }
 
   void compute(Handle context) {
-    std::vector<std::int64_t> shape = shape_of(input(context, 0));
-    std::int64_t count = 1;
-    for (std::size_t index = 0; index + 1 < shape.size(); ++index) count *= shape[index];
     const std::int64_t outputs = shape_of(input(context, 1)).at(transposed_ ? 0 : 1);
-    shape.back() = outputs / 2;
-    const Handle y = output(context, 0, shape);
-    if (count == 0) return;
-    shape.back() = outputs;
-    const Temporary both(*this, context, y, shape);
+    const Rows given = rows_of(context, outputs / 2);
+    const Handle y = output(context, 0, given.shape);
+    if (given.count == 0) return;
+    const Temporary both(*this, context, y, rows_of(context, outputs).shape);
     invoke_built_in(context, {both.value()});
-    gate_rows(gpu_, stream(context), both.address(), address(y), static_cast<int>(outputs / 2), count);
+    gate_rows(gpu_, stream(context), both.address(), address(y), static_cast<int>(outputs / 2), given.count);
   }
 
  private:
