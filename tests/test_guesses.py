@@ -18,7 +18,7 @@ from mirror.runtime.guesses import Known, Launched
 from mirror.runtime.loading import load_draft, make_plan
 from mirror.runtime.options import EngineOptions
 from mirror.runtime.proposal import LaunchedProposal, Proposal
-from mirror.runtime.records import Mode, Outcome
+from mirror.runtime.records import Lane, Mode, Outcome
 from mirror.targets.base import Device, FollowOn, GivenIds, LoadRequest, PassShape, Tensor, to_host
 from mirror.targets.cpu import CpuDevice
 from mirror.targets.onnxruntime_session import Buffer
@@ -118,6 +118,11 @@ def test_a_target_that_only_launches_follows_the_proposal_before_the_host_has_re
     assert [(one.accepted, one.branches) for one in result.rounds] == [
         (one.accepted, one.branches) for one in waited.rounds
     ]
+    works = [
+        [sorted(span.name for span in one.spans if span.lane is Lane.DRAFT) for one in answer.rounds]
+        for answer in (result, waited)
+    ]
+    assert works[0] == works[1]
     log = streams[0].log
     assert "after" in log
     # The window's passes give one token each, so three copies; nothing of the target's waits between them.

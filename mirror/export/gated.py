@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from mirror.bundle import GATED
 from mirror.export.graphs import is_op, replace
 from mirror.export.lower import ORT
 from mirror.export.trace import DOMAIN, OPSET
 
-PREFIX = "Gated"
 VERSION = 1
 # The products that may be gated, with how many inputs they have.
 _INPUTS = {"FusedMatMul": 2, "MatMulNBits": 3}
@@ -27,7 +27,7 @@ def name_gated_products(model: ir.Model) -> None:
         product, between = found
         # A function takes what its product takes: rows and the matrix, and the same numbers.
         attributes = list(product.attributes.values())
-        gated = ir.Node(DOMAIN, f"{PREFIX}{product.op_type}", product.inputs, attributes)
+        gated = ir.Node(DOMAIN, f"{GATED}{product.op_type}", product.inputs, attributes)
         gated.outputs[0].type, gated.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
         model.graph.insert_before(node, gated)
         replace(model.graph, node, gated.outputs[0])
@@ -81,7 +81,7 @@ def _is_ours(product: ir.Node) -> bool:
 
 def _declare(model: ir.Model, product: ir.Node) -> None:
     """Give a model the function that says what a gated product of this kind is."""
-    name = f"{PREFIX}{product.op_type}"
+    name = f"{GATED}{product.op_type}"
     if any(key[:2] == (DOMAIN, name) for key in model.functions):
         return
     inputs = [ir.Value(name=f"input_{index}") for index in range(len(product.inputs))]

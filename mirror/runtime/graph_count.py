@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mirror.bundle import GATED
 from mirror.errors import BundleError
 from mirror.runtime.wire import messages, numbers
 from mirror.targets.base import StoredWeights
@@ -17,7 +18,6 @@ _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME = 1, 2, 8
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
 _TENSOR_RAW, _TENSOR_EXTERNAL, _KEY, _VALUE = 9, 13, 1, 2
 _PRODUCTS = ("FusedMatMul", "MatMul", "Gemm", "MatMulNBits")
-_GATED = "Gated"  # what a function is called whose product's halves gate each other
 # Operators that only look at a tensor in another way, or fold away once sizes are fixed.
 _VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Identity", "Constant", "Shape")
 _TYPES = {1: "fp32", 10: "fp16", 16: "bf16", 2: "int8", 3: "int8"}
@@ -119,7 +119,7 @@ def _node(data: memoryview) -> _Node:
 
 def _product(node: _Node, tensors: Mapping[str, memoryview]) -> Product | None:
     """Return the product that a node computes with stored numbers, None if it computes none."""
-    kind = node.kind.removeprefix(_GATED)
+    kind = node.kind.removeprefix(GATED)
     if kind not in _PRODUCTS:
         return None
     stored = [tensors[name] for name in node.inputs if name in tensors]

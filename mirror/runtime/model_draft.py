@@ -134,17 +134,17 @@ class ModelDraft:
         start_s = time.perf_counter()
         # A context read ahead of time would have no logits left; its last row is run again.
         self._know(tokens.shape[0] - 1)
-        with self._log.span("propose"):
-            first, *others = branch_passes(self._shape.proposal_tokens_per_pass, count)
-            guesses = [self._advance(tokens, first.gives, noise).fetch()]
-            for item in others:
-                width = fit_width(self._segments.branch.widths, item.rows)
-                guesses.append(self._step(guesses[-1], item.gives, width, noise).fetch())
-            launched = tuple(guess for guess in guesses if isinstance(guess, Launched))
-            # The target would have no embedding for a token that it doesn't know.
-            if len(launched) == len(guesses) and self._shape.vocab_size <= self._shape.target_vocab_size:
-                return LaunchedProposal(launched, start_s)
-            proposed = np.concatenate([guess.tokens()[0] for guess in guesses])
+        first, *others = branch_passes(self._shape.proposal_tokens_per_pass, count)
+        guesses = [self._advance(tokens, first.gives, noise).fetch()]
+        for item in others:
+            width = fit_width(self._segments.branch.widths, item.rows)
+            guesses.append(self._step(guesses[-1], item.gives, width, noise).fetch())
+        launched = tuple(guess for guess in guesses if isinstance(guess, Launched))
+        # The target would have no embedding for a token that it doesn't know.
+        if len(launched) == len(guesses) and self._shape.vocab_size <= self._shape.target_vocab_size:
+            return LaunchedProposal(launched, start_s, self._log.take())
+        proposed = np.concatenate([guess.tokens()[0] for guess in guesses])
+        self._log.add("propose", start_s, time.perf_counter())
         return Proposal(self._known_tokens(proposed), self._log.take())
 
     def roll_out(self, tokens: Ints, window: Ints, depth: int, meeting: Meeting, noise: CoupledNoise | None) -> Rollout:

@@ -35,10 +35,12 @@ class LaunchedProposal:
     Attributes:
         guesses: what each pass gives, fetched, of one branch.
         start_s: when the first began.
+        earlier: spans of the draft's that nobody has been told of yet.
     """
 
     guesses: tuple[Launched, ...]
     start_s: float
+    earlier: tuple[Span, ...] = ()
 
     @property
     def count(self) -> int:
@@ -55,4 +57,4 @@ class LaunchedProposal:
         """Wait for the tokens."""
         tokens = np.concatenate([guess.tokens()[0] for guess in self.guesses])
         span = Span("propose", Lane.DRAFT, self.start_s, time.perf_counter())
-        return Proposal(tuple(tokens.tolist()), (span,))
+        return Proposal(tuple(tokens.tolist()), (*self.earlier, span))

@@ -83,8 +83,8 @@ class DraftSeat:
         """
         return self._guarded(lambda: job.result(self._timeout_s))
 
-    def read(self, proposal: Proposal | LaunchedProposal) -> Proposal:
-        """Wait for what a proposal's passes give; not for less than for ever, as for any pass on a device like that.
+    def read(self, proposal: LaunchedProposal) -> Proposal:
+        """Wait for what a proposal's passes give, for as long as it takes, as for any pass on a device like that.
 
         Raises:
             DraftError: the device failed; the draft is lost from now on.

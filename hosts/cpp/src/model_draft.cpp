@@ -39,26 +39,23 @@ Proposal ModelDraft::propose(const Tokens& tokens, int count, const Noise& noise
   const Clock::time_point start = Clock::now();
   // A context read ahead of time would have no logits left; its last row is run again.
   know(static_cast<int>(tokens.size()) - 1);
-  Tokens line;
-  {
-    const auto span = log_.span(SpanName::propose);
-    std::vector<Given> passes;
-    for (const BranchPass& item : branch_passes(shape_.proposal_tokens_per_pass, count))
-      passes.push_back(passes.empty() ? advance(tokens, item.gives, noise) : go_on(passes.back(), item.gives, noise));
-    // The target would have no embedding for a token that it doesn't know.
-    const bool launched = std::all_of(passes.begin(), passes.end(),
-                                      [](const Given& pass) { return pass.sent && pass.sent->mark() != nullptr; });
-    if (launched && shape_.vocab_size <= shape_.target_vocab_size) {
-      Proposal proposal;
-      for (const Given& pass : passes) proposal.coming.push_back({pass.sent, pass.gives});
-      proposal.start = start;
-      return proposal;
-    }
-    for (const Given& pass : passes) {
-      const Token* next = pass.wait();
-      line.insert(line.end(), next, next + pass.gives);
-    }
+  std::vector<Given> passes;
+  for (const BranchPass& item : branch_passes(shape_.proposal_tokens_per_pass, count))
+    passes.push_back(passes.empty() ? advance(tokens, item.gives, noise) : go_on(passes.back(), item.gives, noise));
+  // The target would have no embedding for a token that it doesn't know.
+  const bool launched = std::all_of(passes.begin(), passes.end(),
+                                    [](const Given& pass) { return pass.sent && pass.sent->mark() != nullptr; });
+  if (launched && shape_.vocab_size <= shape_.target_vocab_size) {
+    Proposal proposal{{}, log_.take(), {}, start};
+    for (const Given& pass : passes) proposal.coming.push_back({pass.sent, pass.gives});
+    return proposal;
   }
+  Tokens line;
+  for (const Given& pass : passes) {
+    const Token* next = pass.wait();
+    line.insert(line.end(), next, next + pass.gives);
+  }
+  log_.note(SpanName::propose, start);
   line.erase(std::find_if_not(line.begin(), line.end(), [this](Token token) { return known(token); }), line.end());
   return {std::move(line), log_.take(), {}, {}};
 }

@@ -14,7 +14,7 @@ class SpanLog {
   class Open {
    public:
     Open(SpanLog& log, SpanName name) : log_(log), name_(name), start_(Clock::now()) {}
-    ~Open() { log_.spans_.push_back({name_, start_, Clock::now()}); }
+    ~Open() { log_.note(name_, start_); }
     Open(const Open&) = delete;
     Open& operator=(const Open&) = delete;
 
@@ -25,6 +25,9 @@ class SpanLog {
   };
 
   Open span(SpanName name) { return Open(*this, name); }
+
+  // Notes the time from a moment until now.
+  void note(SpanName name, Clock::time_point start) { spans_.push_back({name, start, Clock::now()}); }
 
   // What was noted since the last call.
   std::vector<Span> take() { return std::exchange(spans_, {}); }

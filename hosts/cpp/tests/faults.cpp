@@ -523,6 +523,9 @@ void taken_branch_goes_on_alone(bool launched, const std::vector<int>& limits) {
   const Rollout undecided = draft.roll_out({});
   checks.check(whole.branches.size() == 25 && undecided.branches.size() == static_cast<std::size_t>(limits[0]),
                name + ": branches");
+  checks.check(std::none_of(undecided.spans.begin(), undecided.spans.end(),
+                            [](const Span& span) { return span.name == SpanName::propose; }),
+               name + ": a proposal's time is told with it");
   for (const Branch& taken : undecided.branches) {
     const Rollout found = draft.roll_out(Outcome{taken.accepted, taken.next});
     for (std::size_t row = 0; row < found.branches.size(); ++row) {
