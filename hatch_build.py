@@ -30,7 +30,9 @@ _FLAGS = {
     "amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 # Operators for GPUs, whose kernels travel as text in the library and are compiled for the GPU at hand.
-_GPU_FILES = tuple(f"cuda/{name}.cpp" for name in ("attention", "driver", "operators", "products", "workspace"))
+_GPU_FILES = tuple(
+    f"cuda/{name}.cpp" for name in ("attention", "driver", "inputs", "operators", "products", "workspace")
+)
 _COMMON = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
     # GCC 12 warns about its own header.

@@ -1,8 +1,8 @@
-"""Products with int4 and int8 weights on a GPU, by rows: `python -m mirror.bench.gpu_products --out FILE`.
+"""Products with int4, int8 and float16 weights on a GPU, by rows: `python -m mirror.bench.gpu_products --out FILE`.
 
 Sessions of ONNX Runtime with some matrices of one size each, replayed as CUDA graphs, so that launching costs nothing
-and no matrix is found in the GPU's cache. Beside mirror's own kernels: ONNX Runtime's, its other ones for few rows
-(`fpa_intb`), and float16 weights.
+and no matrix is found in the GPU's cache. Beside mirror's own kernels: ONNX Runtime's, and its other ones for few rows
+of int4 (`fpa_intb`). In float16 mirror has kernels for small matrices alone.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from mirror.bench.provenance import provenance
-from mirror.export.gated import name_gated_products
+from mirror.export.products import name_products
 from mirror.targets.cuda import PROVIDER
 from mirror.targets.kernel_library import LIBRARY, operators_missing
 
 BLOCK = 32
-ARMS = ("own", "onnxruntime", "fpa_intb", "fp16")
+ARMS = ("own", "onnxruntime", "fpa_intb")
 # Of a 14B model: q, k and v as one, attention's output, gate and up as one, down, and the LM head.
 SIZES = "7168x5120,5120x5120,34816x5120,5120x17408,151936x5120"
 _ENOUGH_BYTES = 300_000_000  # of matrices: more than a GPU's cache holds
@@ -67,17 +67,28 @@ def product_model(
     return _with_functions(model) if gated else model
 
 
-def gated_half_model(weights: NDArray[np.float16]) -> bytes:
-    """Return a graph that gives y0 of x by a matrix in float16, `[outputs, inputs]`, whose halves gate each other."""
-    tensor = helper.make_tensor("w0", TensorProto.FLOAT16, weights.shape, weights.tobytes(), raw=True)
-    product = helper.make_node("FusedMatMul", ["x", "w0"], ["p0"], domain=_ORT, transB=1, alpha=1.0)
-    y = helper.make_tensor_value_info("y0", TensorProto.FLOAT16, [1, "rows", weights.shape[0] // 2])
-    return _with_functions(_model([product, *_gate(0)], [tensor], [y], weights.shape[1]))
+def half_model(weights: Sequence[NDArray[np.float16]], *, gated: bool = False) -> bytes:
+    """Return a graph that multiplies x with each matrix in float16, `[outputs, inputs]`: y0, y1, ..
+
+    Args:
+        gated: as in `product_model`. Products with small matrices are functions that bundles have for them, too.
+    """
+    nodes, tensors, values = [], [], []
+    for index, matrix in enumerate(weights):
+        outputs, _ = matrix.shape
+        tensors.append(helper.make_tensor(f"w{index}", TensorProto.FLOAT16, matrix.shape, matrix.tobytes(), raw=True))
+        product = f"p{index}" if gated else f"y{index}"
+        nodes.append(helper.make_node("FusedMatMul", ["x", f"w{index}"], [product], domain=_ORT, transB=1, alpha=1.0))
+        if gated:
+            nodes += _gate(index)
+        width = outputs // 2 if gated else outputs
+        values.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT16, [1, "rows", width]))
+    return _with_functions(_model(nodes, tensors, values, weights[0].shape[1]))
 
 
 def _with_functions(model: bytes) -> bytes:
     named = ir.serde.deserialize_model(ModelProto.FromString(model))
-    name_gated_products(named)
+    name_products(named)
     return bytes(ir.serde.serialize_model(named).SerializeToString())
 
 
@@ -87,18 +98,6 @@ def _gate(index: int) -> Iterator[NodeProto]:
     yield helper.make_node("Sigmoid", [f"gate{index}"], [f"open{index}"])
     yield helper.make_node("Mul", [f"gate{index}", f"open{index}"], [f"silu{index}"])
     yield helper.make_node("Mul", [f"silu{index}", f"up{index}"], [f"y{index}"])
-
-
-def _half_model(sizes: tuple[int, int], copies: int) -> bytes:
-    outputs, inputs = sizes
-    generator = np.random.default_rng(0)
-    nodes, tensors, values = [], [], []
-    for index in range(copies):
-        data = generator.standard_normal((inputs, outputs), np.float32).astype(np.float16)
-        tensors.append(helper.make_tensor(f"w{index}", TensorProto.FLOAT16, data.shape, data.tobytes(), raw=True))
-        nodes.append(helper.make_node("MatMul", ["x", f"w{index}"], [f"y{index}"]))
-        values.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT16, [1, "rows", outputs]))
-    return _model(nodes, tensors, values, inputs)
 
 
 def _model(
@@ -151,9 +150,9 @@ def time_us(session: ort.InferenceSession, rows: int, replays: int = 30) -> floa
 @click.command()
 @click.option("--sizes", default=SIZES, show_default=True, help="Outputs x inputs, comma-separated.")
 @click.option("--rows", "row_counts", default="1,8,16,64", show_default=True)
-@click.option("--bits", "bit_counts", default="4,8", show_default=True)
+@click.option("--bits", "bit_counts", default="4,8,16", show_default=True)
 @click.option("--arms", default=",".join(ARMS), show_default=True)
-@click.option("--gated", is_flag=True, help="Each matrix's halves gate each other; not for fp16.")
+@click.option("--gated", is_flag=True, help="Each matrix's halves gate each other.")
 @click.option("--out", type=click.Path(path_type=Path), default=None)
 def main(sizes: str, row_counts: str, bit_counts: str, arms: str, gated: bool, out: Path | None) -> None:
     """Time products on the first GPU."""
@@ -163,22 +162,27 @@ def main(sizes: str, row_counts: str, bit_counts: str, arms: str, gated: bool, o
     for size in sizes.split(","):
         outputs, inputs = map(int, size.split("x"))
         for bits in map(int, bit_counts.split(",")):
-            copies = -(-_ENOUGH_BYTES * 8 // (outputs * inputs * bits))
-            one = random_weights(outputs, inputs, bits, seed=0)
-            model = product_model([one] * copies, bits, gated=gated)
+            model = _model_of((outputs, inputs), bits, gated)
             for arm in arms.split(","):
-                if arm == "fp16" and bits != 4:
+                if arm == "fpa_intb" and bits != 4:
                     continue
-                given = _half_model((outputs, inputs), max(1, copies // 4)) if arm == "fp16" else model
                 for rows in map(int, row_counts.split(",")):
                     # A recording is of one shape.
-                    us = round(time_us(open_session(given, arm, recorded=True), rows), 1)
-                    results.append(
-                        {"size": size, "bits": 16 if arm == "fp16" else bits, "arm": arm, "rows": rows, "us": us}
-                    )
+                    us = round(time_us(open_session(model, arm, recorded=True), rows), 1)
+                    results.append({"size": size, "bits": bits, "gated": gated, "arm": arm, "rows": rows, "us": us})
                     click.echo(json.dumps(results[-1]))
     if out is not None:
         out.write_text(json.dumps({**provenance("mirror.bench.gpu_products"), "results": results}, indent=1) + "\n")
+
+
+def _model_of(sizes: tuple[int, int], bits: int, gated: bool) -> bytes:
+    """Return a graph with as many matrices as a GPU's cache doesn't hold."""
+    outputs, inputs = sizes
+    copies = -(-_ENOUGH_BYTES * 8 // (outputs * inputs * bits))
+    if bits < 16:
+        return product_model([random_weights(outputs, inputs, bits, seed=0)] * copies, bits, gated=gated)
+    matrix = (0.02 * np.random.default_rng(0).standard_normal(sizes, np.float32)).astype(np.float16)
+    return half_model([matrix] * copies, gated=gated)
 
 
 if __name__ == "__main__":

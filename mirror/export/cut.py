@@ -14,9 +14,10 @@ from mirror.bundle import INT8_SEGMENTS, NOISE_POSITIONS, NOISY_TOKENS, Form, La
 from mirror.export.distilled import ADAPTER_TENSORS, EPSILON_KEY, adapter_name
 from mirror.export.draft_inputs import extend_embedding
 from mirror.export.emit import Emitter
-from mirror.export.gated import name_gated_products
 from mirror.export.graphs import dimension, is_op
 from mirror.export.lower import Lowering, finish
+from mirror.export.pass_inputs import name_pass_inputs
+from mirror.export.products import name_products
 from mirror.export.top_k import first_greatest, first_greatest_plainly, greatest
 from mirror.export.trace import DOMAIN
 from mirror.export.vocabulary import IDS, TRIMMED_LOGITS
@@ -173,7 +174,9 @@ def _piece(
     model = finish(graph, segment)
     _drop_unused_inputs(model.graph, used)
     if form is Form.INPLACE:
-        name_gated_products(model)
+        name_products(model)
+        if branches:
+            name_pass_inputs(model)
     return Piece(segment, form, model, kv)
 
 

@@ -46,7 +46,9 @@ void* mirror_operators_register(void* options, const void* api_base) {
           // The names of built-in operators: ONNX Runtime takes a session's own before those.
           domain(*api, "com.microsoft", {&products_operation(), &attention_operation()}),
           // The names of functions that a bundle's graphs declare: it takes an operator before those too.
-          domain(*api, "mirror", {&gated_products_operation(), &gated_half_products_operation()}),
+          domain(*api, "mirror",
+                 {&gated_products_operation(), &half_products_operation(), &gated_half_products_operation(),
+                  &branch_mask_operation(), &stream_embedding_operation()}),
       };
     }
     for (const Handle made : domains) pass_on(api->call(kAddCustomOpDomain, options, made));

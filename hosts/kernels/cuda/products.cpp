@@ -19,55 +19,77 @@ namespace mirror_gpu {
 namespace {
 
 constexpr int kBlock = 32;
-constexpr int kFewestRows = 2, kMostRows = 16;  // ONNX Runtime multiplies one row in less time
-constexpr int kStep = 4;                        // blocks
-constexpr int kStepBytes = 2048;                // of shared memory, for eight rows
-constexpr int kFirstCapability = 8;             // copies and products that the kernels are made of
-// How a thread block is cut: see products.cu. Found by trying on an H200 (docs/log.md).
-constexpr int kTiles = 2, kAcross = 2, kAlong = 8, kAhead = 1, kBlocksAtOnce = 1;
-constexpr int kOutputs = 16 * kTiles * kAcross;
-constexpr int kThreads = 32 * kAcross * kAlong;
-
+constexpr int kStep = 4;              // blocks
+constexpr int kStepBytes = 2048;      // of shared memory, for eight rows
+constexpr int kFirstCapability = 8;   // copies and products that the kernels are made of
+constexpr int kMostThreads = 512;     // whose registers a multiprocessor has
 constexpr int kGateThreads = 256;
+// Matrices of up to so many numbers are small: a thread block has few outputs of one, so that there are enough of them.
+constexpr std::int64_t kSmall = 1 << 23;
+constexpr int kWindowRows = 16;       // what a pass of the target has at most; more are multiplied in groups
+constexpr int kGroupTiles = 4;        // of eight rows, in a group
+// How many rows ours are for, found by trying on an H200 (docs/log.md). ONNX Runtime's kernel for one row by a large
+// matrix of integers is as fast; for many rows it unpacks such a matrix, each time.
+constexpr int kFewestLarge = 2, kMostLarge = 64, kMostSmall = 128, kMostHalf = 64;
 
 struct Matrix {
   int outputs, inputs, bits;
   bool gated = false;  // whether its outputs' first half is a gate of the second
 
-  int tiles() const { return (outputs + kOutputs - 1) / kOutputs; }
+  bool small() const { return static_cast<std::int64_t>(outputs) * inputs <= kSmall; }
   int steps() const { return (inputs / kBlock + kStep - 1) / kStep; }
 };
 
-// In how many parts the input is cut: two thread blocks for each multiprocessor if there are enough steps, and rows
-// that fit its shared memory. It depends on matrix and GPU alone, since each number rounds otherwise.
-int parts_of(const Matrix& matrix, const Gpu& gpu) {
-  const int most_steps = gpu.shared_of_block / (kMostRows / 8) / kStepBytes;
+// How a thread block is cut: see products.cu. It depends on matrix and GPU alone, since each cut rounds otherwise; but
+// for how many rows it has.
+struct Cut {
+  int tiles, across, along, staged, parts;
+
+  int outputs() const { return 16 * tiles * across; }
+  int threads() const { return 32 * across * along; }
+  int blocks(const Matrix& matrix) const { return (matrix.outputs + outputs() - 1) / outputs(); }
+  int shared_bytes(const Matrix& matrix, int row_tiles) const {
+    const int rows = staged ? (matrix.steps() + parts - 1) / parts * row_tiles * kStepBytes : 0;
+    return std::max(rows, along * row_tiles * 8 * outputs() * 4);
+  }
+};
+
+// Few outputs and the whole input, or many and, if that leaves multiprocessors idle, a part of the input: two thread
+// blocks for each of them if there are enough steps, and rows that fit its shared memory.
+Cut cut_of(const Matrix& matrix, const Gpu& gpu) {
+  if (matrix.small()) {
+    const int across = matrix.gated ? 2 : 1;
+    return {1, across, std::min(matrix.steps(), kMostThreads / 32 / across), 0, 1};
+  }
+  Cut cut{2, 2, std::min(matrix.steps(), 8), 1, 1};
+  const int most_steps = gpu.shared_of_block / (kWindowRows / 8) / kStepBytes;
   const int for_memory = (matrix.steps() + most_steps - 1) / most_steps;
-  const int for_all = std::min(2 * gpu.multiprocessors / matrix.tiles(), matrix.steps() / kAlong);
-  return std::max({1, for_memory, for_all});
+  const int for_all = std::min(2 * gpu.multiprocessors / cut.blocks(matrix), matrix.steps() / cut.along);
+  cut.parts = std::max({1, for_memory, for_all});
+  return cut;
 }
 
 struct Compiled {
   Kernel kernel = nullptr;
-  int parts = 1, shared_bytes = 0;
+  int shared_bytes = 0;
 };
 
 class Kernels {
  public:
-  const Compiled& compiled(const Gpu& gpu, const Matrix& matrix, int row_tiles) {
+  Compiled compiled(const Gpu& gpu, const Matrix& matrix, const Cut& cut, int row_tiles) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Compiled& found = kernels_[{gpu.index, matrix.outputs, matrix.inputs, matrix.bits, matrix.gated, row_tiles}];
     if (found.kernel == nullptr) {
-      found.parts = parts_of(matrix, gpu);
-      const int steps = (matrix.steps() + found.parts - 1) / found.parts;
-      found.shared_bytes = std::max(steps * row_tiles * kStepBytes, kAlong * row_tiles * 8 * kOutputs * 4);
+      found.shared_bytes = cut.shared_bytes(matrix, row_tiles);
       const std::string source = matrix.gated ? std::string(mirror_gated_source) + mirror_products_source : "";
       found.kernel =
           compile(gpu, matrix.gated ? source.c_str() : mirror_products_source,
-                  {define("BITS", matrix.bits), define("TILES", kTiles), define("ROW_TILES", row_tiles),
-                   define("ACROSS", kAcross), define("ALONG", kAlong), define("AHEAD", kAhead),
-                   define("MIN_BLOCKS", kBlocksAtOnce), define("PARTS", found.parts), define("OUTPUTS", matrix.outputs),
-                   define("BLOCKS", matrix.inputs / kBlock), define("GATED", matrix.gated)},
+                  {define("BITS", matrix.bits), define("TILES", cut.tiles), define("ROW_TILES", row_tiles),
+                   define("STAGED", cut.staged), define("ACROSS", cut.across), define("ALONG", cut.along),
+                   define("AHEAD", 1), define("MIN_BLOCKS", matrix.small() && row_tiles == 1 ? 2 : 1),
+                   define("PARTS", cut.parts),
+                   define("OUTPUTS", matrix.outputs), define("BLOCKS", matrix.inputs / kBlock),
+                   define("GATED", matrix.gated)},
                   "products", found.shared_bytes);
     }
     return found;
@@ -92,23 +114,81 @@ Kernels& kernels() {
   return *made;
 }
 
-// Rows by a matrix of integers; the built-in operator, which all of these have, is MatMulNBits.
+// Rows by a matrix, and perhaps the gate of what comes of it: by our kernels where they are faster, else by a built-in
+// operator and, if there is one, a kernel for the gate.
 class Product : public Node {
  public:
-  Product(const Api& api, Handle info) : Product(api, info, false) {}
-
   void compute(Handle context) {
-    const Rows given = rows_of(context, matrix_.outputs);
+    const int spans = matrix_.gated ? 2 : 1;
+    const std::int64_t outputs = outputs_of(context);
+    const Rows given = rows_of(context, outputs / spans);
     const Handle y = output(context, 0, given.shape);
     if (given.count == 0) return;
-    if (takes(given.count))
-      multiply(context, y, static_cast<int>(given.count));
-    else
-      invoke_built_in(context, {y});
+    if (fewest_ <= given.count && given.count <= most_) return multiply(context, y, static_cast<int>(given.count));
+    if (!matrix_.gated) return invoke_built_in(context, {y});
+    const Temporary both(*this, context, y, rows_of(context, outputs).shape);
+    invoke_built_in(context, {both.value()});
+    gate_rows(context, both.address(), address(y), static_cast<int>(outputs / spans), given.count);
   }
 
  protected:
-  Product(const Api& api, Handle info, bool gated) : Node(api, info) {
+  Product(const Api& api, Handle info, bool gated) : Node(api, info) { matrix_.gated = gated; }
+
+  virtual ~Product() = default;
+  virtual std::int64_t outputs_of(Handle) const { return matrix_.outputs; }
+
+  // What our kernels need. A window's is compiled at loading; that it can't be is said there too.
+  void prepare(bool known) {
+    if (matrix_.gated) kernels().gate(gpu_);
+    known = known && matrix_.outputs > 0 && matrix_.inputs > 0 && matrix_.inputs % kBlock == 0 &&
+            gpu_.major >= kFirstCapability;
+    if (!known) return;
+    cut_ = cut_of(matrix_, gpu_);
+    const bool groups = cut_.shared_bytes(matrix_, kGroupTiles) <= gpu_.shared_of_block;
+    fewest_ = matrix_.small() ? 1 : kFewestLarge;
+    most_ = !groups ? kWindowRows : !matrix_.small() ? kMostLarge : matrix_.bits < 16 ? kMostSmall : kMostHalf;
+    kernels().compiled(gpu_, matrix_, cut_, 1);
+    const auto of_groups = static_cast<std::size_t>((most_ + kGroupTiles * 8 - 1) / (kGroupTiles * 8));
+    const std::size_t rows = groups ? of_groups * kGroupTiles * 8 : kWindowRows;
+    const std::size_t parts = cut_.parts > 1 ? static_cast<std::size_t>(cut_.parts) : 0;
+    plan_workspace(parts * rows * static_cast<std::size_t>(matrix_.outputs),
+                   parts > 0 ? of_groups * static_cast<std::size_t>(cut_.blocks(matrix_)) : 1);
+  }
+
+  Matrix matrix_{};
+
+ private:
+  void multiply(Handle context, Handle y, int count) const {
+    const Stream on = stream(context);
+    const int row_tiles = count <= 8 ? 1 : count <= kWindowRows ? 2 : kGroupTiles;
+    const Compiled compiled = kernels().compiled(gpu_, matrix_, cut_, row_tiles);
+    const Workspace memory = workspace(gpu_.index, on);
+    const bool scaled = matrix_.bits < 16;
+    Address at[] = {address(input(context, 1)), scaled ? address(input(context, 2)) : 0,
+                    address(input(context, 0)), address(y),
+                    memory.sums_at,             memory.tickets_at};
+    void* arguments[] = {&at[0], &at[1], &at[2], &at[3], &at[4], &at[5], &count};
+    const int groups = (count + row_tiles * 8 - 1) / (row_tiles * 8);
+    launch(compiled.kernel, {cut_.blocks(matrix_), cut_.parts, groups}, cut_.threads(), compiled.shared_bytes, on,
+           arguments);
+  }
+
+  // The gate of a product that the built-in operator computed, `both` its result.
+  void gate_rows(Handle context, Address both, Address y, int inner, std::int64_t rows) const {
+    void* arguments[] = {&both, &y, &inner};
+    const int across = (inner + kGateThreads - 1) / kGateThreads;
+    launch(kernels().gate(gpu_), {across, static_cast<int>(rows), 1}, kGateThreads, 0, stream(context), arguments);
+  }
+
+  Cut cut_{};
+  int fewest_ = 1, most_ = 0;  // rows that our kernels multiply
+};
+
+// Of integers; the built-in operator is MatMulNBits.
+template <bool gated>
+class IntegerProduct : public Product {
+ public:
+  IntegerProduct(const Api& api, Handle info) : Product(api, info, gated) {
     const auto small = [&](const char* name) { return static_cast<int>(integer(info, name)); };
     matrix_ = {small("N"), small("K"), small("bits"), gated};
     const int block = small("block_size");
@@ -126,79 +206,29 @@ class Product : public Node {
                    {"block_size", block},
                    {"accuracy_level", 0}},
                   {}, types, 1);
-    known_ = inputs_ == 3 && block == kBlock && (matrix_.bits == 4 || matrix_.bits == 8) &&
-             matrix_.inputs % kBlock == 0 && gpu_.major >= kFirstCapability;
-    if (!known_) return;
-    // A window's kernel is compiled at loading; that it can't be is said there too.
-    const auto parts = static_cast<std::size_t>(kernels().compiled(gpu_, matrix_, 1).parts);
-    plan_workspace(parts > 1 ? parts * kMostRows * static_cast<std::size_t>(matrix_.outputs) : 0,
-                   static_cast<std::size_t>(matrix_.tiles()));
-  }
-
-  bool takes(std::int64_t count) const { return known_ && kFewestRows <= count && count <= kMostRows; }
-
-  void multiply(Handle context, Handle y, int count) const {
-    const Stream on = stream(context);
-    const Compiled& compiled = kernels().compiled(gpu_, matrix_, (count + 7) / 8);
-    const Workspace memory = workspace(gpu_.index, on);
-    Address at[] = {address(input(context, 1)), address(input(context, 2)), address(input(context, 0)), address(y),
-                    memory.sums_at,             memory.tickets_at};
-    void* arguments[] = {&at[0], &at[1], &at[2], &at[3], &at[4], &at[5], &count};
-    launch(compiled.kernel, {matrix_.tiles(), compiled.parts, 1}, kThreads, compiled.shared_bytes, on, arguments);
-  }
-
-  Matrix matrix_{};
-
- private:
-  bool known_ = false;
-};
-
-// The gate of a product that the built-in operator computes, `both` its result.
-void gate_rows(const Gpu& gpu, Stream on, Address both, Address y, int inner, std::int64_t rows) {
-  void* arguments[] = {&both, &y, &inner};
-  const int across = (inner + kGateThreads - 1) / kGateThreads;
-  launch(kernels().gate(gpu), {across, static_cast<int>(rows), 1}, kGateThreads, 0, on, arguments);
-}
-
-// silu(gate) * up of a product with a matrix of integers.
-class GatedProduct : public Product {
- public:
-  GatedProduct(const Api& api, Handle info) : Product(api, info, true) { kernels().gate(gpu_); }
-
-  void compute(Handle context) {
-    const int inner = matrix_.outputs / 2;
-    const Rows given = rows_of(context, inner);
-    const Handle y = output(context, 0, given.shape);
-    if (given.count == 0) return;
-    if (takes(given.count)) return multiply(context, y, static_cast<int>(given.count));
-    const Temporary both(*this, context, y, rows_of(context, matrix_.outputs).shape);
-    invoke_built_in(context, {both.value()});
-    gate_rows(gpu_, stream(context), both.address(), address(y), inner, given.count);
+    prepare(inputs_ == 3 && block == kBlock && (matrix_.bits == 4 || matrix_.bits == 8));
   }
 };
 
-// The same of a product with a matrix in float16, which ONNX Runtime computes.
-class GatedHalfProduct : public Node {
+// Of float16 numbers; the built-in operator is FusedMatMul. Ours takes small matrices, whose sizes the node says.
+template <bool gated>
+class HalfProduct : public Product {
  public:
-  GatedHalfProduct(const Api& api, Handle info) : Node(api, info) {
+  HalfProduct(const Api& api, Handle info) : Product(api, info, gated) {
     transposed_ = integer(info, "transB", 0) != 0;
+    const float alpha = number(info, "alpha", 1);
     make_built_in(info, "FusedMatMul",
-                  {{"transA", 0}, {"transB", transposed_}, {"transBatchA", 0}, {"transBatchB", 0}},
-                  {{"alpha", number(info, "alpha", 1)}}, {{{"T", kFloat16}}}, 1);
-    kernels().gate(gpu_);
-  }
-
-  void compute(Handle context) {
-    const std::int64_t outputs = shape_of(input(context, 1)).at(transposed_ ? 0 : 1);
-    const Rows given = rows_of(context, outputs / 2);
-    const Handle y = output(context, 0, given.shape);
-    if (given.count == 0) return;
-    const Temporary both(*this, context, y, rows_of(context, outputs).shape);
-    invoke_built_in(context, {both.value()});
-    gate_rows(gpu_, stream(context), both.address(), address(y), static_cast<int>(outputs / 2), given.count);
+                  {{"transA", 0}, {"transB", transposed_}, {"transBatchA", 0}, {"transBatchB", 0}}, {{"alpha", alpha}},
+                  {{{"T", kFloat16}}}, 1);
+    matrix_ = {static_cast<int>(integer(info, "N", 0)), static_cast<int>(integer(info, "K", 0)), 16, gated};
+    prepare(transposed_ && alpha == 1 && matrix_.small());
   }
 
  private:
+  std::int64_t outputs_of(Handle context) const override {
+    return shape_of(input(context, 1)).at(transposed_ ? 0 : 1);
+  }
+
   bool transposed_ = false;
 };
 
@@ -207,17 +237,22 @@ class GatedHalfProduct : public Node {
 const CustomOp& products_operation() {
   // Rows, weights, scales, and what a bundle's matrices don't have: zero points, places, a bias.
   static const Operation made =
-      operation_of<Product>({"MatMulNBits", {kFloat16, kUint8, kFloat16, kUint8, kInt32, kFloat16}, 3});
+      operation_of<IntegerProduct<false>>({"MatMulNBits", {kFloat16, kUint8, kFloat16, kUint8, kInt32, kFloat16}, 3});
   return made;
 }
 
 const CustomOp& gated_products_operation() {
-  static const Operation made = operation_of<GatedProduct>({"GatedMatMulNBits", {kFloat16, kUint8, kFloat16}, 3});
+  static const Operation made = operation_of<IntegerProduct<true>>({"GatedMatMulNBits", {kFloat16, kUint8, kFloat16}, 3});
+  return made;
+}
+
+const CustomOp& half_products_operation() {
+  static const Operation made = operation_of<HalfProduct<false>>({"SmallFusedMatMul", {kFloat16, kFloat16}, 2});
   return made;
 }
 
 const CustomOp& gated_half_products_operation() {
-  static const Operation made = operation_of<GatedHalfProduct>({"GatedFusedMatMul", {kFloat16, kFloat16}, 2});
+  static const Operation made = operation_of<HalfProduct<true>>({"GatedFusedMatMul", {kFloat16, kFloat16}, 2});
   return made;
 }
 

@@ -1,9 +1,12 @@
-// Products of a few rows with a matrix of 4- or 8-bit integers, on NVIDIA GPUs from compute capability 8.0 on.
+// Products of a few rows with a matrix of 4- or 8-bit integers or of float16 numbers, on NVIDIA GPUs from compute
+// capability 8.0 on.
 //
 // Compiled when it is needed, by NVRTC, once for each choice of these numbers:
-//   BITS         of a weight: 4 or 8. Blocks of 32 along the input share a scale; zero is the middle (8, 128).
+//   BITS         of a weight: 4, 8 or 16. Blocks of 32 integers along the input share a scale; zero is the middle (8, 128).
 //   TILES        of 16 outputs that a warp computes.
-//   ROW_TILES    of 8 rows.
+//   ROW_TILES    of 8 rows that a thread block computes.
+//   STAGED       1 where rows lie in shared memory before they are multiplied. Else each warp reads them itself, which
+//                is less work where few warps need the same.
 //   ACROSS       warps beside each other over outputs,
 //   ALONG        warps beside each other over the input.
 //   AHEAD        steps whose weights are on their way.
@@ -18,8 +21,8 @@
 // one order, whatever the number of rows and the row's place: a position's result does not depend on its neighbours.
 //
 // A lane reads just what it multiplies. Within a step (four blocks, 128 inputs) lane t of a group of four has the t-th
-// block; which inputs a lane's registers stand for is the same for weights and rows, and the matrix units add up all
-// the same. Rows lie in shared memory in that order.
+// block of integers, or the t-th eight numbers of each block in float16; which inputs a lane's registers stand for is
+// the same for weights and rows, and the matrix units add up all the same.
 
 using u32 = unsigned int;
 using u16 = unsigned short;
@@ -28,7 +31,8 @@ namespace {
 
 constexpr int kBlock = 32;
 constexpr int kBlockBytes = 4 * BITS;
-constexpr int kChunks = BITS / 4;  // of 16 bytes in a block of weights
+constexpr int kChunks = BITS / 4;  // of 16 bytes in what a lane has of a step's weights
+constexpr bool kWhole = BLOCKS % 4 == 0;  // whether all steps have four blocks
 constexpr int kThreads = 32 * ACROSS * ALONG;
 constexpr int kOutputs = 16 * TILES * ACROSS;  // of a thread block
 // A thread block has its outputs from one place of the matrix, or each of its two halves from one.
@@ -42,8 +46,18 @@ constexpr int kSteps = (BLOCKS + 3) / 4;
 // What a lane needs of a step, of eight outputs at a time.
 struct Weights {
   uint4 values[TILES * 2][kChunks];
-  u16 scales[TILES * 2];
+  u16 scales[TILES * 2];  // of integers
 };
+
+// The block that a lane's `part` of a step lies in, and the eight of its inputs there.
+__device__ __forceinline__ int block_of(int step, int place, int part) {
+  const int block = step * 4 + (BITS == 16 ? part : place);
+  return kWhole || block < BLOCKS ? block : BLOCKS - 1;
+}
+
+__device__ __forceinline__ int eight_of(int step, int place, int part) {
+  return block_of(step, place, part) * 4 + (BITS == 16 ? place : part);
+}
 
 __device__ __forceinline__ uint4 read_once(const void* source) {
   uint4 value;
@@ -135,13 +149,19 @@ __device__ __forceinline__ void write(u16* y, int row, int output, Sum sum) {
 
 }  // namespace
 
-// weights: [OUTPUTS][BLOCKS][4 * BITS bytes], scales: float16 [OUTPUTS][BLOCKS], x: float16 [rows][32 * BLOCKS],
-// y: float16 [rows][OUTPUTS], half of that if GATED. The grid is (parts of the outputs, PARTS). With more than one part of the input, partial
-// is float32 [PARTS][kRows][OUTPUTS], and tickets int32 [parts of the outputs], zero before and after.
+// weights: [OUTPUTS][BLOCKS][4 * BITS bytes], scales of integers: float16 [OUTPUTS][BLOCKS], x: float16 [rows][32 *
+// BLOCKS], y: float16 [rows][OUTPUTS], half of that if GATED. The grid is (parts of the outputs, PARTS, groups of kRows
+// rows). With more than one part of the input, partial is float32 [groups][PARTS][kRows][OUTPUTS], and tickets int32
+// [groups][parts of the outputs], zero before and after.
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     products(const unsigned char* __restrict__ weights, const u16* __restrict__ scales, const u16* __restrict__ x,
              u16* __restrict__ y, float* __restrict__ partial, int* __restrict__ tickets, int rows) {
-  extern __shared__ uint4 shared[];  // rows: [steps][ROW_TILES][4][lane]
+  extern __shared__ uint4 shared[];  // rows, if STAGED: [steps][ROW_TILES][4][lane]
+  x += (long long)blockIdx.z * kRows * BLOCKS * kBlock;
+  y += (long long)blockIdx.z * kRows * (OUTPUTS / kSpans);
+  partial += (long long)blockIdx.z * PARTS * kRows * OUTPUTS;
+  tickets += blockIdx.z * gridDim.x;
+  rows -= blockIdx.z * kRows;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int group = lane >> 2, place = lane & 3;
   const int across = warp % ACROSS, along = warp / ACROSS;
@@ -157,16 +177,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
   const u16* const scales_here = scales + (long long)first * BLOCKS;
   const auto fetch = [&](int step, Weights& into) {
     if (step >= end) return;
-    int block = step * 4 + place;
-    const bool there = BLOCKS % 4 == 0 || block < BLOCKS;
-    if (!there) block = BLOCKS - 1;
 #pragma unroll
     for (int tile = 0; tile < TILES * 2; ++tile) {
+      const unsigned char* const of_output = values + output_of(tile) * (BLOCKS * kBlockBytes);
+#if BITS == 16
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk)
-        into.values[tile][chunk] =
-            read_once(values + output_of(tile) * (BLOCKS * kBlockBytes) + block * kBlockBytes + chunk * 16);
+        into.values[tile][chunk] = kWhole || step * 4 + chunk < BLOCKS
+                                       ? read_once(of_output + eight_of(step, place, chunk) * 16)
+                                       : make_uint4(0, 0, 0, 0);
+#else
+      const int block = block_of(step, place, 0);
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk)
+        into.values[tile][chunk] = read_once(of_output + block * kBlockBytes + chunk * 16);
+      const bool there = kWhole || step * 4 + place < BLOCKS;
       into.scales[tile] = there ? __ldg(scales_here + output_of(tile) * BLOCKS + block) : 0;
+#endif
     }
   };
 
@@ -174,39 +201,60 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
 #pragma unroll
   for (int stage = 0; stage < AHEAD; ++stage) fetch(begin + along + stage * ALONG, ring[stage]);
 
-  // A row past the last one is the last one again, and is not written.
+  // Eight inputs of a row in the order of the weights' registers. A row past the last one is the last one again, and is
+  // not written.
+  const auto eight_inputs = [&](int step, int row, int of_place, int part) {
+    row = row < rows ? row : rows - 1;
+    const uint4* const source = reinterpret_cast<const uint4*>(x + (long long)row * BLOCKS * kBlock);
+    const uint4 eight = __ldg(source + eight_of(step, of_place, part));
+#if BITS == 4
+    return make_uint4(__byte_perm(eight.x, eight.z, 0x5410), __byte_perm(eight.x, eight.z, 0x7632),
+                      __byte_perm(eight.y, eight.w, 0x5410), __byte_perm(eight.y, eight.w, 0x7632));
+#else
+    return eight;
+#endif
+  };
+#if STAGED
   for (int index = threadIdx.x; index < (end - begin) * ROW_TILES * 128; index += kThreads) {
     const int of_lane = index & 31, part = index >> 5 & 3, tile = (index >> 7) % ROW_TILES;
     const int step = begin + (index >> 7) / ROW_TILES;
-    int row = tile * 8 + (of_lane >> 2), block = step * 4 + (of_lane & 3);
-    row = row < rows ? row : rows - 1;
-    if (BLOCKS % 4) block = block < BLOCKS ? block : BLOCKS - 1;
-    uint4 eight = __ldg(reinterpret_cast<const uint4*>(x + ((long long)row * BLOCKS + block) * kBlock) + part);
-#if BITS == 4
-    eight = make_uint4(__byte_perm(eight.x, eight.z, 0x5410), __byte_perm(eight.x, eight.z, 0x7632),
-                       __byte_perm(eight.y, eight.w, 0x5410), __byte_perm(eight.y, eight.w, 0x7632));
-#endif
-    shared[index] = eight;
+    shared[index] = eight_inputs(step, tile * 8 + (of_lane >> 2), of_lane & 3, part);
   }
   __syncthreads();
+#endif
 
   float sums[TILES][ROW_TILES][4] = {};
   const auto multiply_step = [&](int step, const Weights& given) {
+#if STAGED
     const uint4* source = shared + (step - begin) * ROW_TILES * 128 + lane;
+#endif
+#if BITS != 16
     u32 scale[TILES * 2];
 #pragma unroll
     for (int tile = 0; tile < TILES * 2; ++tile) scale[tile] = given.scales[tile] * 0x10001u;
+#endif
 #pragma unroll
     for (int part = 0; part < 4; ++part) {  // eight of the lane's inputs
       uint4 right[ROW_TILES];
 #pragma unroll
-      for (int tile = 0; tile < ROW_TILES; ++tile) right[tile] = source[(tile * 4 + part) * 32];
+      for (int tile = 0; tile < ROW_TILES; ++tile)
+#if STAGED
+        right[tile] = source[(tile * 4 + part) * 32];
+#else
+        right[tile] = eight_inputs(step, tile * 8 + group, place, part);
+#endif
 #pragma unroll
       for (int tile = 0; tile < TILES; ++tile) {
         u32 upper[4], lower[4];
 #if BITS == 4
         unpack4(word_of(given.values[tile * 2][0], part), scale[tile * 2], upper);
         unpack4(word_of(given.values[tile * 2 + 1][0], part), scale[tile * 2 + 1], lower);
+#elif BITS == 16
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          upper[word] = word_of(given.values[tile * 2][part], word);
+          lower[word] = word_of(given.values[tile * 2 + 1][part], word);
+        }
 #else
 #pragma unroll
         for (int word = 0; word < 2; ++word) {
@@ -233,7 +281,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
       }
     }
   }
+#if STAGED
   __syncthreads();
+#endif
 
   // The warps along the input, added up in their order.
   float* const added = reinterpret_cast<float*>(shared);  // [ALONG][kRows][kOutputs]

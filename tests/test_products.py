@@ -1,4 +1,4 @@
-"""Gated products: what is named so, and that it computes what it stands for."""
+"""Products that our kernels have: what is named so, and that it computes what it stands for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from mirror.bundle import Form, read_manifest
 from mirror.export.build import ExportOptions, export_bundle
-from mirror.export.gated import name_gated_products
+from mirror.export.products import name_products
 from mirror.runtime.graph_count import count_graph, stored_weights
 from tests.families import make_checkpoint
 
@@ -47,7 +47,8 @@ def model(
     product = helper.make_node("FusedMatMul", ["x", "w"], ["p"], domain="com.microsoft", transB=1, alpha=1.0)
     outputs = [helper.make_tensor_value_info(name, kind, None) for name in ("y", *also)]
     x = helper.make_tensor_value_info("x", kind, [1, "rows", WIDTH])
-    graph = helper.make_graph([product, *nodes], "gated", [x], outputs, tensors)
+    products = [helper.make_tensor_value_info("p", kind, None)]
+    graph = helper.make_graph([product, *nodes], "gated", [x], outputs, tensors, value_info=products)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     made: ir.Model = ir.serde.deserialize_model(helper.make_model(graph, opset_imports=opsets, ir_version=10))
     return made
@@ -69,7 +70,7 @@ def computed(made: ir.Model) -> NDArray[np.float16]:
 def test_a_gated_product_is_one_node_and_gives_the_same(sizes: tuple[int, ...]) -> None:
     made = model(gate(sizes=sizes), sizes=sizes)
     before = computed(made)
-    name_gated_products(made)
+    name_products(made)
     assert kinds(made) == ["GatedFusedMatMul"]
     assert [value.name for value in made.graph.outputs] == ["y"]
     np.testing.assert_array_equal(computed(made), before)
@@ -86,9 +87,39 @@ def test_other_graphs_stay_as_they_are() -> None:
     ]
     for made in left:
         before = kinds(made)
-        name_gated_products(made)
-        assert kinds(made) == before
-        assert not made.functions
+        name_products(made)
+        assert [kind.removeprefix("Small") for kind in kinds(made)] == before
+        assert not any(name.startswith("Gated") for _, name, _ in made.functions)
+
+
+def test_a_small_product_is_named_with_its_sizes_and_gives_the_same() -> None:
+    made = model([helper.make_node("Neg", ["p"], ["y"])])
+    before = computed(made)
+    name_products(made)
+    assert kinds(made) == ["SmallFusedMatMul", "Neg"]
+    sizes = {name: made.graph[0].attributes[name].as_int() for name in ("N", "K")}
+    assert sizes == {"N": 2 * INNER, "K": WIDTH}
+    np.testing.assert_array_equal(computed(made), before)
+
+
+def test_other_products_keep_their_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turned_otherwise(made: ir.Model) -> ir.Model:
+        made.graph[0].attributes["transA"] = ir.AttrInt64("transA", 1)
+        return made
+
+    def of_an_unknown_matrix(made: ir.Model) -> ir.Model:
+        made.graph.inputs.append(made.graph.initializers.pop("w"))
+        return made
+
+    plain = [helper.make_node("Neg", ["p"], ["y"])]
+    left = [model(plain, halves=False), turned_otherwise(model(plain)), of_an_unknown_matrix(model(plain))]
+    monkeypatch.setattr("mirror.export.products.SMALL_MATRIX", 2 * INNER * WIDTH)
+    name_products(made := model(plain))
+    assert kinds(made) == ["SmallFusedMatMul", "Neg"]
+    monkeypatch.setattr("mirror.export.products.SMALL_MATRIX", 2 * INNER * WIDTH - 1)
+    for made in (*left, model(plain)):
+        name_products(made)
+        assert kinds(made) == ["FusedMatMul", "Neg"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4", "fp16", "bf16", "int8-fp16", "int4-fp16"])
@@ -106,6 +137,9 @@ def test_graphs_of_gpus_have_them(precision: str, tmp_path: Path) -> None:
             operators = kinds(ir.load(path))
             wanted = name is not None and form is Form.INPLACE and segment != "exit_head"
             assert {kind for kind in operators if kind.startswith("Gated")} == ({name} if wanted else set()), segment
+            small = precision == "fp16" and form is Form.INPLACE
+            assert ("SmallFusedMatMul" in operators) == small, segment
+            assert not (small and "FusedMatMul" in operators), segment
             counts[form] = count_graph(path), stored_weights(path)
         # What the plan and the memory check count is there in both forms.
         if len(counts) == 2 and precision in ("fp16", "int4-fp16"):
