@@ -20,7 +20,8 @@ constexpr int kThreads = 256;
 
 Kernel compiled(const Gpu& gpu, const char* name) {
   static std::mutex mutex;
-  static auto& kernels = *new std::map<std::pair<int, std::string>, Kernel>;  // sessions may end after static objects do
+  static auto& kernels =
+      *new std::map<std::pair<int, std::string>, Kernel>;  // sessions may end after static objects do
   const std::lock_guard<std::mutex> lock(mutex);
   Kernel& found = kernels[{gpu.index, name}];
   if (found == nullptr) found = compile(gpu, mirror_inputs_source, {}, name, 0);
@@ -80,8 +81,7 @@ class StreamEmbedding : public Rowwise {
 }  // namespace
 
 const CustomOp& branch_mask_operation() {
-  static const Operation made =
-      operation_of<BranchMask>({"BranchMask", {kInt32, kInt32, kInt32, kInt32}, 4, 0});
+  static const Operation made = operation_of<BranchMask>({"BranchMask", {kInt32, kInt32, kInt32, kInt32}, 4, 0});
   return made;
 }
 

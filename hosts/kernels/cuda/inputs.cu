@@ -8,8 +8,8 @@ constexpr u16 kHidden = 0xfb53;  // -60000 in float16, as masks have it
 
 }  // namespace
 
-// slot_branch: int32 [slots or more], row_visible, row_branch: int32 [rows], y: float16 [rows][slots]: 0 where a row sees
-// a slot, below its own number of them or of its own branch. The grid is (parts of the slots, rows).
+// slot_branch: int32 [slots or more], row_visible, row_branch: int32 [rows], y: float16 [rows][slots]: 0 where a row
+// sees a slot, below its own number of them or of its own branch. The grid is (parts of the slots, rows).
 extern "C" __global__ void branch_mask(const int* __restrict__ slot_branch, const int* __restrict__ row_visible,
                                        const int* __restrict__ row_branch, u16* __restrict__ y, int slots) {
   const int slot = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
