@@ -85,7 +85,9 @@ def half_model(weights: Sequence[NDArray[np.float16]], *, gated: bool = False, n
         outputs, _ = matrix.shape
         tensors.append(helper.make_tensor(f"w{index}", TensorProto.FLOAT16, matrix.shape, matrix.tobytes(), raw=True))
         product = f"p{index}" if gated else f"y{index}"
-        nodes.append(helper.make_node("FusedMatMul", ["x", f"w{index}"], [product], domain=_ORT, transB=1, alpha=1.0))
+        names = [f"n{index}" if normed else "x", f"w{index}"]
+        nodes += [_norm(index)] if normed else []
+        nodes.append(helper.make_node("FusedMatMul", names, [product], domain=_ORT, transB=1, alpha=1.0))
         if gated:
             nodes += _gate(index)
         width = outputs // 2 if gated else outputs
