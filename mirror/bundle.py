@@ -26,7 +26,6 @@ ROLLOUT_SLOTS = 4096  # slots past max_length that a draft's graphs have room fo
 # Products that our kernels for GPUs have are called so, and as the product; see `export/products.py`.
 GATED = "Gated"  # one whose halves gate each other
 SMALL = "Small"  # one with a small matrix in float16
-NORMED = "Normed"  # one of a residual stream that something is added to and that is normed first; before the others
 KEY_BLOCK = 16  # slots of a block of keys in a draft's cache, of which it has whole ones
 NOISY_TOKENS = 256  # likeliest tokens that get noise in a draft's graph for draws: as many as in the target's draws
 NOISE_POSITIONS = 64  # rows of a noise table: a rollout looks at no more positions

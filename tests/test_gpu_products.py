@@ -21,43 +21,38 @@ ROWS = (1, 2, 8, 11, 16, 17, 50, 100, 200)
 def rows_of_ours(sizes: tuple[int, int], bits: int) -> range:
     """Return the numbers of rows that our kernels multiply; ONNX Runtime takes the others."""
     if sizes == LARGE:
-        return range(0) if bits == 16 else range(2, 65)
-    return range(1, 65 if bits == 16 else 129)
+        return range(0) if bits == 16 else range(2, 33)
+    return range(1, 17 if bits == 16 else 65)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120", "compute_80"])
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("normed", [False, True])
-def test_the_kernel_compiles_for_every_kind_of_gpu(architecture: str, bits: int, gated: bool, normed: bool) -> None:
+def test_the_kernel_compiles_for_every_kind_of_gpu(architecture: str, bits: int, gated: bool) -> None:
     """NVRTC needs no GPU."""
     large = {"TILES": 2, "ACROSS": 2, "ALONG": 8, "STAGED": 1, "PARTS": 3}
     small = {"TILES": 1, "ACROSS": 2 if gated else 1, "STAGED": 0, "PARTS": 1}
     cuts = [({**small, "ALONG": 5}, 1000, 18), ({**small, "ALONG": 8 if gated else 16}, 960, 80)]
-    if bits < 16 and not normed:
+    if bits < 16:
         cuts += [(large, 1000, 18), (large, 5120, 544)]
-    sources = [*(["normed.cu"] if normed else []), *(["gated.cu"] if gated else []), "products.cu"]
+    sources = ("gated.cu", "products.cu") if gated else ("products.cu",)
     for cut, outputs, blocks in cuts:
         for row_tiles in (1, 2, 4):
-            matrix = {"BITS": bits, "OUTPUTS": outputs, "BLOCKS": blocks, "GATED": int(gated), "NORMED": int(normed)}
-            log = compile_log(
-                sources,
-                architecture,
-                {**matrix, **cut, "ROW_TILES": row_tiles, "AHEAD": 1, "MIN_BLOCKS": 2 if row_tiles == 1 else 1},
-            )
+            matrix = {"BITS": bits, "OUTPUTS": outputs, "BLOCKS": blocks, "GATED": int(gated)}
+            both_fit = 2 if not cut["STAGED"] and row_tiles == 1 else 1
+            facts = {**matrix, **cut, "ROW_TILES": row_tiles, "AHEAD": 1, "MIN_BLOCKS": both_fit}
+            log = compile_log(sources, architecture, facts)
             # What doesn't fit into registers is read from memory; a few of 128 that do so cost nothing.
-            assert max(map(int, re.findall(r"(\d+) bytes spill stores", log)), default=0) <= 64
+            assert max(map(int, re.findall(r"(\d+) bytes spill stores", log)), default=0) <= 16
 
 
-def random_matrix(
-    sizes: tuple[int, int], bits: int, *, gated: bool = False, normed: bool = False
-) -> tuple[bytes, NDArray[np.float32]]:
+def random_matrix(sizes: tuple[int, int], bits: int, *, gated: bool = False) -> tuple[bytes, NDArray[np.float32]]:
     """Return a graph that multiplies with a matrix twice, and the matrix, `[outputs, inputs]`."""
     if bits == 16:
         matrix = (0.02 * np.random.default_rng(3).standard_normal(sizes, np.float32)).astype(np.float16)
-        return half_model([matrix] * 2, gated=gated, normed=normed), matrix.astype(np.float32)
+        return half_model([matrix] * 2, gated=gated), matrix.astype(np.float32)
     blocks, scales = random_weights(*sizes, bits, seed=3)
-    return product_model([(blocks, scales)] * 2, bits, gated=gated, normed=normed), dequantised(blocks, scales, bits)
+    return product_model([(blocks, scales)] * 2, bits, gated=gated), dequantised(blocks, scales, bits)
 
 
 def dequantised(blocks: NDArray[np.uint8], scales: NDArray[np.float16], bits: int) -> NDArray[np.float32]:
@@ -103,35 +98,3 @@ def test_products_are_those_of_the_matrix_and_independent_of_a_rows_place(
         for row in (0, rows - 1):
             twice = session.run(["y0"], {"x": x[:, [row, row]]})[0]
             np.testing.assert_array_equal(twice[0], first[0, [row, row]])
-
-
-def norm_of(added: NDArray[np.float16]) -> NDArray[np.float32]:
-    """Return rows normed as the graphs say, `[rows, inputs]`."""
-    wide = added.astype(np.float32)
-    weights = (1 + 0.1 * np.random.default_rng(2).standard_normal(added.shape[-1])).astype(np.float16)
-    normed = wide / np.sqrt(np.square(wide).mean(axis=-1, keepdims=True) + 1e-5) * weights.astype(np.float32)
-    return normed.astype(np.float16).astype(np.float32)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize("sizes", [(40, 64), (1000, 576), (576, 1536)])
-@pytest.mark.parametrize("gated", [False, True])
-def test_normed_products_are_those_of_the_norm_and_give_the_sum(sizes: tuple[int, int], bits: int, gated: bool) -> None:
-    if reason := cuda.cuda_missing():
-        pytest.skip(reason)
-    model, matrix = random_matrix(sizes, bits, gated=gated, normed=True)
-    session = open_session(model, "own")
-    generator = np.random.default_rng(4)
-    for rows in ROWS:
-        x, skip = generator.standard_normal((2, 1, rows, sizes[1]), np.float32).astype(np.float16)
-        y, second, added, again = session.run(["y0", "y1", "z0", "z1"], {"x": x, "skip": skip})
-        np.testing.assert_array_equal(added, x + skip)
-        np.testing.assert_array_equal(again, x + skip)
-        np.testing.assert_array_equal(y, second)
-        expected = norm_of((x + skip)[0]) @ matrix.T
-        expected = gated_halves(expected) if gated else expected
-        np.testing.assert_allclose(y[0], expected, rtol=0, atol=6e-3 * np.abs(expected).max())
-        if rows in rows_of_ours(sizes, bits):
-            few = session.run(["y0"], {"x": x[:, -1:], "skip": skip[:, -1:]})[0]
-            np.testing.assert_array_equal(few[0], y[0, -1:])

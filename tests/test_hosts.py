@@ -134,11 +134,8 @@ for bits in (4, 8):
     options.register_custom_ops_library(library)
     model, matrix = random_matrix((40, 96), bits)
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    kinds = ({"gated": True}, {"normed": True}, {"gated": True, "normed": True})
-    gated, normed, both = (
-        ort.InferenceSession(random_matrix((40, 96), bits, **kind)[0], options, providers=["CPUExecutionProvider"])
-        for kind in kinds
-    )
+    model, _ = random_matrix((40, 96), bits, gated=True)
+    gated = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     for rows in (1, 3, 20):
         x = np.random.default_rng(rows).standard_normal((1, rows, 96), np.float32).astype(np.float16)
         expected = x[0].astype(np.float32) @ matrix.T
@@ -146,11 +143,6 @@ for bits in (4, 8):
         np.testing.assert_allclose(first[0], expected, rtol=0, atol=5e-3 * np.abs(expected).max())
         np.testing.assert_array_equal(second, first)
         np.testing.assert_array_equal(gated.run(["y0"], {"x": x})[0], first[..., 20:])
-        skip = np.random.default_rng(rows + 1).standard_normal(x.shape, np.float32).astype(np.float16)
-        for made, part in ((normed, first), (both, first[..., 20:])):
-            y, added = made.run(["y0", "z0"], {"x": x, "skip": skip})
-            np.testing.assert_array_equal(y, part)
-            np.testing.assert_array_equal(added, skip)
 for masked, apart in ((False, False), (True, False), (False, True)):
     heads, kind = Heads(6, 2, 64, 128), {"masked": masked, "apart": apart}
     ours, theirs = (Attention(heads, 2, given, **kind, device="cpu") for given in (library, None))

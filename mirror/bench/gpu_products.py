@@ -41,18 +41,12 @@ def random_weights(outputs: int, inputs: int, bits: int, seed: int) -> tuple[NDA
 
 
 def product_model(
-    weights: Sequence[tuple[NDArray[np.uint8], NDArray[np.float16]]],
-    bits: int,
-    *,
-    gated: bool = False,
-    normed: bool = False,
+    weights: Sequence[tuple[NDArray[np.uint8], NDArray[np.float16]]], bits: int, *, gated: bool = False
 ) -> bytes:
     """Return a graph that multiplies x, float16 `[1, rows, inputs]`, with each matrix: y0, y1, ..
 
     Args:
         gated: whether each y is `silu(gate) * up` of a product's halves, by the function that bundles have for it.
-        normed: whether what is multiplied is the norm of x and `skip`, a further input; their sums are outputs then,
-            z0, z1, .., and small matrices have functions of bundles.
     """
     nodes, tensors, outputs = [], [], []
     for index, (blocks, scales) in enumerate(weights):
@@ -62,49 +56,40 @@ def product_model(
             helper.make_tensor(f"s{index}", TensorProto.FLOAT16, scales.shape, scales.tobytes(), raw=True),
         ]
         facts = {"K": count * BLOCK, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
-        names = [f"n{index}" if normed else "x", f"b{index}", f"s{index}"]
+        names = ["x", f"b{index}", f"s{index}"]
         product = f"p{index}" if gated else f"y{index}"
-        nodes += [_norm(index)] if normed else []
         nodes.append(helper.make_node("MatMulNBits", names, [product], domain=_ORT, **facts))
         if gated:
             nodes += _gate(index)
         width = rows // 2 if gated else rows
         outputs.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT16, [1, "rows", width]))
-    model = _model(nodes, tensors, outputs, weights[0][0].shape[1] * BLOCK, normed)
-    return _with_functions(model) if gated or normed else model
+    model = _model(nodes, tensors, outputs, weights[0][0].shape[1] * BLOCK)
+    return _with_functions(model) if gated else model
 
 
-def half_model(weights: Sequence[NDArray[np.float16]], *, gated: bool = False, normed: bool = False) -> bytes:
+def half_model(weights: Sequence[NDArray[np.float16]], *, gated: bool = False) -> bytes:
     """Return a graph that multiplies x with each matrix in float16, `[outputs, inputs]`: y0, y1, ..
 
     Args:
-        gated: as in `product_model`, and `normed`. Products with small matrices are functions of bundles anyway.
+        gated: as in `product_model`. Products with small matrices are functions that bundles have for them, too.
     """
     nodes, tensors, values = [], [], []
     for index, matrix in enumerate(weights):
         outputs, _ = matrix.shape
         tensors.append(helper.make_tensor(f"w{index}", TensorProto.FLOAT16, matrix.shape, matrix.tobytes(), raw=True))
         product = f"p{index}" if gated else f"y{index}"
-        names = [f"n{index}" if normed else "x", f"w{index}"]
-        nodes += [_norm(index)] if normed else []
-        nodes.append(helper.make_node("FusedMatMul", names, [product], domain=_ORT, transB=1, alpha=1.0))
+        nodes.append(helper.make_node("FusedMatMul", ["x", f"w{index}"], [product], domain=_ORT, transB=1, alpha=1.0))
         if gated:
             nodes += _gate(index)
         width = outputs // 2 if gated else outputs
         values.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT16, [1, "rows", width]))
-    return _with_functions(_model(nodes, tensors, values, weights[0].shape[1], normed))
+    return _with_functions(_model(nodes, tensors, values, weights[0].shape[1]))
 
 
 def _with_functions(model: bytes) -> bytes:
     named = ir.serde.deserialize_model(ModelProto.FromString(model))
     name_products(named)
     return bytes(ir.serde.serialize_model(named).SerializeToString())
-
-
-def _norm(index: int) -> NodeProto:
-    """Return the node that makes a product's rows, n, and the sums that they are the norm of, z."""
-    names = [f"n{index}", "", "", f"z{index}"]
-    return helper.make_node("SkipSimplifiedLayerNormalization", ["x", "skip", "norm"], names, domain=_ORT, epsilon=1e-5)
 
 
 def _gate(index: int) -> Iterator[NodeProto]:
@@ -116,31 +101,11 @@ def _gate(index: int) -> Iterator[NodeProto]:
 
 
 def _model(
-    nodes: Sequence[NodeProto],
-    tensors: Sequence[TensorProto],
-    outputs: Sequence[ValueInfoProto],
-    inputs: int,
-    normed: bool,
+    nodes: Sequence[NodeProto], tensors: Sequence[TensorProto], outputs: Sequence[ValueInfoProto], inputs: int
 ) -> bytes:
-    names = ["x", "skip"] if normed else ["x"]
-    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [1, "rows", inputs]) for name in names]
-    known, values = list(tensors), list(outputs)
-    if normed:
-        norm = (1 + 0.1 * np.random.default_rng(2).standard_normal(inputs)).astype(np.float16)
-        known.append(helper.make_tensor("norm", TensorProto.FLOAT16, norm.shape, norm.tobytes(), raw=True))
-        values += [
-            helper.make_tensor_value_info(f"z{index}", TensorProto.FLOAT16, [1, "rows", inputs])
-            for index in range(len(outputs))
-        ]
-    # What names products goes by the types of what they read and give.
-    between = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT16, None)
-        for node in nodes
-        for name in node.output
-        if name[:1] in ("n", "p")
-    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT16, [1, "rows", inputs])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_ORT, 1)]
-    graph = helper.make_graph(nodes, "products", given, values, known, value_info=between)
+    graph = helper.make_graph(nodes, "products", [x], outputs, tensors)
     return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
 
 
@@ -164,12 +129,10 @@ def open_session(model: bytes, arm: str, *, recorded: bool = False) -> ort.Infer
 
 def time_us(session: ort.InferenceSession, rows: int, replays: int = 30) -> float:
     """Return the microseconds of one product, the fastest of five runs of replays."""
-    inputs = session.get_inputs()[0].shape[2]
-    products = len([output for output in session.get_outputs() if output.name.startswith("y")])
+    inputs, names = session.get_inputs()[0].shape[2], [output.name for output in session.get_outputs()]
     x = np.random.default_rng(1).standard_normal((1, rows, inputs), np.float32).astype(np.float16)
     binding = session.io_binding()
-    for given in session.get_inputs():
-        binding.bind_ortvalue_input(given.name, ort.OrtValue.ortvalue_from_numpy(x, "cuda", 0))
+    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(x, "cuda", 0))
     for output in session.get_outputs():
         value = ort.OrtValue.ortvalue_from_shape_and_type((1, rows, output.shape[2]), np.float16, "cuda", 0)
         binding.bind_ortvalue_output(output.name, value)
@@ -181,7 +144,7 @@ def time_us(session: ort.InferenceSession, rows: int, replays: int = 30) -> floa
         for _ in range(replays):
             session.run_with_iobinding(binding)
         best = min(best, time.perf_counter() - start_s)
-    return 1e6 * best / replays / products
+    return 1e6 * best / replays / len(names)
 
 
 @click.command()
@@ -190,9 +153,8 @@ def time_us(session: ort.InferenceSession, rows: int, replays: int = 30) -> floa
 @click.option("--bits", "bit_counts", default="4,8,16", show_default=True)
 @click.option("--arms", default=",".join(ARMS), show_default=True)
 @click.option("--gated", is_flag=True, help="Each matrix's halves gate each other.")
-@click.option("--normed", is_flag=True, help="What each matrix multiplies is normed first.")
 @click.option("--out", type=click.Path(path_type=Path), default=None)
-def main(sizes: str, row_counts: str, bit_counts: str, arms: str, gated: bool, normed: bool, out: Path | None) -> None:
+def main(sizes: str, row_counts: str, bit_counts: str, arms: str, gated: bool, out: Path | None) -> None:
     """Time products on the first GPU."""
     if "own" in arms and (missing := operators_missing()):
         raise click.ClickException(f"there are no kernels of mirror's own: {missing}")
@@ -200,28 +162,27 @@ def main(sizes: str, row_counts: str, bit_counts: str, arms: str, gated: bool, n
     for size in sizes.split(","):
         outputs, inputs = map(int, size.split("x"))
         for bits in map(int, bit_counts.split(",")):
-            model = _model_of((outputs, inputs), bits, gated, normed)
+            model = _model_of((outputs, inputs), bits, gated)
             for arm in arms.split(","):
                 if arm == "fpa_intb" and bits != 4:
                     continue
                 for rows in map(int, row_counts.split(",")):
                     # A recording is of one shape.
                     us = round(time_us(open_session(model, arm, recorded=True), rows), 1)
-                    kind = {"size": size, "bits": bits, "gated": gated, "normed": normed}
-                    results.append({**kind, "arm": arm, "rows": rows, "us": us})
+                    results.append({"size": size, "bits": bits, "gated": gated, "arm": arm, "rows": rows, "us": us})
                     click.echo(json.dumps(results[-1]))
     if out is not None:
         out.write_text(json.dumps({**provenance("mirror.bench.gpu_products"), "results": results}, indent=1) + "\n")
 
 
-def _model_of(sizes: tuple[int, int], bits: int, gated: bool, normed: bool) -> bytes:
+def _model_of(sizes: tuple[int, int], bits: int, gated: bool) -> bytes:
     """Return a graph with as many matrices as a GPU's cache doesn't hold."""
     outputs, inputs = sizes
     copies = -(-_ENOUGH_BYTES * 8 // (outputs * inputs * bits))
     if bits < 16:
-        return product_model([random_weights(outputs, inputs, bits, seed=0)] * copies, bits, gated=gated, normed=normed)
+        return product_model([random_weights(outputs, inputs, bits, seed=0)] * copies, bits, gated=gated)
     matrix = (0.02 * np.random.default_rng(0).standard_normal(sizes, np.float32)).astype(np.float16)
-    return half_model([matrix] * copies, gated=gated, normed=normed)
+    return half_model([matrix] * copies, gated=gated)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mirror.bundle import GATED, NORMED, SMALL
+from mirror.bundle import GATED, SMALL
 from mirror.errors import BundleError
 from mirror.runtime.wire import messages, numbers
 from mirror.targets.base import StoredWeights
@@ -119,11 +119,10 @@ def _node(data: memoryview) -> _Node:
 
 def _product(node: _Node, tensors: Mapping[str, memoryview]) -> Product | None:
     """Return the product that a node computes with stored numbers, None if it computes none."""
-    normed = node.kind.startswith(NORMED)
-    kind = node.kind.removeprefix(NORMED).removeprefix(GATED).removeprefix(SMALL)
+    kind = node.kind.removeprefix(GATED).removeprefix(SMALL)
     if kind not in _PRODUCTS:
         return None
-    stored = [tensors[name] for name in node.inputs[3 if normed else 0 :] if name in tensors]
+    stored = [tensors[name] for name in node.inputs if name in tensors]
     if kind == "MatMulNBits":
         size, bits = node.numbers["N"] * node.numbers["K"], node.numbers.get("bits", 4)
         return Product(size, sum(map(tensor_bytes, stored)), f"int{bits}")

@@ -1,6 +1,6 @@
 /* In place of the NVIDIA driver and of NVRTC: has what hosts/kernels/cuda looks for there, and tells of a GPU whose
- * every number is 0: too old for most kernels. It runs those that such GPUs have too, two of them not as they are
- * written: of a product's halves gate_rows gives the second alone, and norm_rows its two inputs as they are. */
+ * every number is 0: too old for most kernels. It runs those that such GPUs have too, one of them not as it is written:
+ * of a product's halves gate_rows gives the second alone. */
 #include <string.h>
 
 #define HAS __attribute__((visibility("default"))) int
@@ -23,10 +23,10 @@ HAS cuLibraryLoadData(void** library, const void* code) {
   *library = (void*)code;
   return 0;
 }
-static const char* const kernels[] = {"gate_rows", "norm_rows", "branch_mask", "stream_embedding"};
+static const char* const kernels[] = {"gate_rows", "branch_mask", "stream_embedding"};
 HAS cuLibraryGetKernel(void** kernel, void* library, const char* name) {
   (void)library;
-  for (int index = 0; index < 4; ++index) {
+  for (int index = 0; index < 3; ++index) {
     *kernel = (void*)&kernels[index];
     if (strcmp(name, kernels[index]) == 0) return 0;
   }
@@ -41,12 +41,6 @@ static void gate_rows(unsigned rows, void** arguments) {
   const unsigned inner = *(const unsigned*)arguments[2];
   for (unsigned row = 0; row < rows; ++row)
     memcpy(into + row * inner, both + (2 * row + 1) * inner, inner * sizeof(*both));
-}
-
-static void norm_rows(unsigned rows, void** arguments) {
-  const int pairs = *(const int*)arguments[5];
-  memcpy(*(void**)arguments[3], *(const void**)arguments[0], 4ul * rows * pairs);
-  memcpy(*(void**)arguments[4], *(const void**)arguments[1], 4ul * rows * pairs);
 }
 
 static void branch_mask(unsigned rows, void** arguments) {
@@ -74,10 +68,9 @@ static void stream_embedding(unsigned rows, void** arguments) {
 
 HAS cuLaunchKernel(void* kernel, unsigned across, unsigned rows, unsigned layers, unsigned threads, unsigned y,
                    unsigned z, unsigned shared_bytes, void* stream, void** arguments) {
-  static void (*const runs[])(unsigned, void**) = {gate_rows, norm_rows, branch_mask, stream_embedding};
-  (void)layers, (void)threads, (void)y, (void)z, (void)shared_bytes, (void)stream;
-  const long which = (const char* const*)kernel - kernels;
-  runs[which](which == 1 ? across : rows, arguments);
+  static void (*const runs[])(unsigned, void**) = {gate_rows, branch_mask, stream_embedding};
+  (void)across, (void)layers, (void)threads, (void)y, (void)z, (void)shared_bytes, (void)stream;
+  runs[(const char* const*)kernel - kernels](rows, arguments);
   return 0;
 }
 

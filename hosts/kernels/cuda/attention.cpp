@@ -89,7 +89,7 @@ class Attention : public Node {
                   {{{"T", kFloat16}, {"T_CACHE", kFloat16}, {"M", kInt32}, {"T_KV_SCALE", kFloat}},
                    {{"T", kFloat16}, {"T_CACHE", kFloat16}, {"M", kInt32}},
                    {{"T", kFloat16}, {"M", kInt32}}},
-                  inputs_, 3);
+                  3);
     heads_ = static_cast<int>(heads);
     key_heads_ = static_cast<int>(key_heads);
     rotary_ = rotary != 0;
@@ -109,7 +109,7 @@ class Attention : public Node {
     if (takes(context, rows, cache, keys, values))
       attend(context, static_cast<int>(rows[1]), cache, y);
     else
-      invoke_built_in(context, inputs_from(context, 0), {y, keys, values});
+      invoke_built_in(context, {y, keys, values});
   }
 
  private:

@@ -8,7 +8,6 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -86,8 +85,7 @@ class Node {
   // Makes the built-in operator. `types`: by the names of its type parameters; versions of ONNX Runtime differ in which
   // they have, so these are tried in turn.
   void make_built_in(Handle info, const char* name, const Integers& integers, const Floats& floats,
-                     const std::vector<std::vector<std::pair<const char*, int>>>& types, std::size_t inputs,
-                     int outputs) {
+                     const std::vector<std::vector<std::pair<const char*, int>>>& types, int outputs) {
     std::vector<Owned> owned;
     std::vector<Handle> attributes;
     const auto add = [&](const char* of, const void* value, AttributeType type) {
@@ -108,7 +106,7 @@ class Node {
       for (const auto& [of, type] : chosen) names.push_back(of), values.push_back(type);
       failed = api_.call(kCreateOp, info, name, "com.microsoft", 1, names.data(), values.data(),
                          static_cast<int>(names.size()), static_cast<const Handle*>(attributes.data()),
-                         static_cast<int>(attributes.size()), static_cast<int>(inputs), outputs, &made);
+                         static_cast<int>(attributes.size()), static_cast<int>(inputs_), outputs, &made);
     }
     pass_on(failed);
     built_in_ = Owned(made, Release{&api_, kReleaseOp});
@@ -204,16 +202,11 @@ class Node {
     void* data_ = nullptr;
   };
 
-  // The node's inputs, from one of them on.
-  std::vector<Handle> inputs_from(Handle context, std::size_t first) const {
-    std::vector<Handle> found;
-    for (std::size_t index = first; index < inputs_; ++index) found.push_back(input(context, index));
-    return found;
-  }
-
-  void invoke_built_in(Handle context, const std::vector<Handle>& inputs, std::vector<Handle> outputs) const {
+  void invoke_built_in(Handle context, std::vector<Handle> outputs) const {
+    std::vector<Handle> inputs(inputs_);
+    for (std::size_t index = 0; index < inputs_; ++index) inputs[index] = input(context, index);
     pass_on(api_.call(kInvokeOp, context, built_in_.get(), static_cast<const Handle*>(inputs.data()),
-                      static_cast<int>(inputs.size()), outputs.data(), static_cast<int>(outputs.size())));
+                      static_cast<int>(inputs_), outputs.data(), static_cast<int>(outputs.size())));
   }
 
   const Api& api_;
@@ -244,8 +237,7 @@ struct Operation : CustomOp {
 
 const Api*& api_of_process();
 
-// The table of an operator whose kernel is a `Kernel`, made of an Api, a node's facts and, if it asks, the signature,
-// with `compute(context)`.
+// The table of an operator whose kernel is a `Kernel`, made of an Api and a node's facts, with `compute(context)`.
 template <typename Kernel>
 Operation operation_of(Signature signature) {
   Operation op{};
@@ -274,13 +266,8 @@ Operation operation_of(Signature signature) {
   op.get_variadic_input_homogeneity = [](const CustomOp*) { return 1; };
   op.get_variadic_output_arity = [](const CustomOp*) { return 1; };
   op.get_variadic_output_homogeneity = [](const CustomOp*) { return 1; };
-  op.create_kernel_v2 = [](const CustomOp* given, const Api* api, Handle info, void** kernel) {
-    return guarded(*api, [&] {
-      if constexpr (std::is_constructible_v<Kernel, const Api&, Handle, const Signature&>)
-        *kernel = new Kernel(*api, info, static_cast<const Operation*>(given)->signature);
-      else
-        *kernel = new Kernel(*api, info);
-    });
+  op.create_kernel_v2 = [](const CustomOp*, const Api* api, Handle info, void** kernel) {
+    return guarded(*api, [&] { *kernel = new Kernel(*api, info); });
   };
   op.compute_v2 = [](void* kernel, Handle context) {
     return guarded(*api_of_process(), [&] { static_cast<Kernel*>(kernel)->compute(context); });

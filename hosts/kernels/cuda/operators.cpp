@@ -1,5 +1,6 @@
 #include "operators.h"
 
+#include <initializer_list>
 #include <mutex>
 #include <vector>
 
@@ -16,7 +17,7 @@ const Api*& api_of_process() {
 
 namespace {
 
-Handle domain(const Api& api, const char* name, const std::vector<const CustomOp*>& operations) {
+Handle domain(const Api& api, const char* name, std::initializer_list<const CustomOp*> operations) {
   Handle made = nullptr;
   pass_on(api.call(kCreateCustomOpDomain, name, &made));
   for (const CustomOp* operation : operations) pass_on(api.call(kCustomOpDomainAdd, made, operation));
@@ -41,13 +42,13 @@ void* mirror_operators_register(void* options, const void* api_base) {
   return guarded(*api, [&] {
     if (domains.empty()) {
       api_of_process() = api;
-      std::vector<const CustomOp*> named = named_products();
-      named.insert(named.end(), {&branch_mask_operation(), &stream_embedding_operation()});
       domains = {
           // The names of built-in operators: ONNX Runtime takes a session's own before those.
           domain(*api, "com.microsoft", {&products_operation(), &attention_operation()}),
           // The names of functions that a bundle's graphs declare: it takes an operator before those too.
-          domain(*api, "mirror", named),
+          domain(*api, "mirror",
+                 {&gated_products_operation(), &half_products_operation(), &gated_half_products_operation(),
+                  &branch_mask_operation(), &stream_embedding_operation()}),
       };
     }
     for (const Handle made : domains) pass_on(api->call(kAddCustomOpDomain, options, made));

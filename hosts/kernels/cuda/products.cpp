@@ -1,11 +1,8 @@
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "driver.hpp"
@@ -17,7 +14,6 @@
 
 MIRROR_EMBEDDED(mirror_products_source, "products.cu");
 MIRROR_EMBEDDED(mirror_gated_source, "gated.cu");
-MIRROR_EMBEDDED(mirror_normed_source, "normed.cu");
 
 namespace mirror_gpu {
 namespace {
@@ -27,19 +23,19 @@ constexpr int kStep = 4;             // blocks
 constexpr int kStepBytes = 2048;     // of shared memory, for eight rows
 constexpr int kFirstCapability = 8;  // copies and products that the kernels are made of
 constexpr int kMostThreads = 512;    // whose registers a multiprocessor has
-constexpr int kGateThreads = 256, kNormThreads = 256;
+constexpr int kGateThreads = 256;
 // Matrices of up to so many numbers are small: a thread block has few outputs of one, so that there are enough of them.
 constexpr std::int64_t kSmall = 1 << 23;
 constexpr int kWindowRows = 16;  // what a pass of the target has at most; more are multiplied in groups
 constexpr int kGroupTiles = 4;   // of eight rows, in a group
 // How many rows ours are for, found by trying on an H200 (docs/log.md). ONNX Runtime's kernel for one row by a large
-// matrix of integers is as fast; for many rows it unpacks such a matrix, each time.
-constexpr int kFewestLarge = 2, kMostLarge = 64, kMostSmall = 128, kMostHalf = 64;
+// matrix of integers is as fast. For many rows it unpacks a matrix of integers, each time; cuBLAS, which it asks for
+// float16, has kernels for many rows that lose nothing to ours.
+constexpr int kFewestLarge = 2, kMostLarge = 32, kMostSmall = 64, kMostHalf = kWindowRows;
 
 struct Matrix {
   int outputs, inputs, bits;
-  bool gated = false;   // whether its outputs' first half is a gate of the second
-  bool normed = false;  // whether its rows are added to a residual stream and normed first
+  bool gated = false;  // whether its outputs' first half is a gate of the second
 
   bool small() const { return static_cast<std::int64_t>(outputs) * inputs <= kSmall; }
   int steps() const { return (inputs / kBlock + kStep - 1) / kStep; }
@@ -83,41 +79,33 @@ class Kernels {
  public:
   Compiled compiled(const Gpu& gpu, const Matrix& matrix, const Cut& cut, int row_tiles) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Compiled& found =
-        kernels_[{gpu.index, matrix.outputs, matrix.inputs, matrix.bits, matrix.gated + 2 * matrix.normed, row_tiles}];
+    Compiled& found = kernels_[{gpu.index, matrix.outputs, matrix.inputs, matrix.bits, matrix.gated, row_tiles}];
     if (found.kernel == nullptr) {
       found.shared_bytes = cut.shared_bytes(matrix, row_tiles);
-      std::string source;
-      if (matrix.normed) source += mirror_normed_source;
-      if (matrix.gated) source += mirror_gated_source;
-      source += mirror_products_source;
+      const std::string source = matrix.gated ? std::string(mirror_gated_source) + mirror_products_source : "";
       found.kernel = compile(
-          gpu, source.c_str(),
+          gpu, matrix.gated ? source.c_str() : mirror_products_source,
           {define("BITS", matrix.bits), define("TILES", cut.tiles), define("ROW_TILES", row_tiles),
            define("STAGED", cut.staged), define("ACROSS", cut.across), define("ALONG", cut.along), define("AHEAD", 1),
            define("MIN_BLOCKS", matrix.small() && row_tiles == 1 ? 2 : 1), define("PARTS", cut.parts),
-           define("OUTPUTS", matrix.outputs), define("BLOCKS", matrix.inputs / kBlock), define("GATED", matrix.gated),
-           define("NORMED", matrix.normed)},
+           define("OUTPUTS", matrix.outputs), define("BLOCKS", matrix.inputs / kBlock), define("GATED", matrix.gated)},
           "products", found.shared_bytes);
     }
     return found;
   }
 
-  // Before and after products that ONNX Runtime computes.
-  Kernel norm(const Gpu& gpu) { return alone(gpu, mirror_normed_source, "norm_rows"); }
-  Kernel gate(const Gpu& gpu) { return alone(gpu, mirror_gated_source, "gate_rows"); }
-
- private:
-  Kernel alone(const Gpu& gpu, const char* source, const char* name) {
+  // For products that ONNX Runtime has computed.
+  Kernel gate(const Gpu& gpu) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Kernel& found = alone_[{gpu.index, name}];
-    if (found == nullptr) found = compile(gpu, source, {}, name, 0);
+    Kernel& found = gates_[gpu.index];
+    if (found == nullptr) found = compile(gpu, mirror_gated_source, {}, "gate_rows", 0);
     return found;
   }
 
+ private:
   std::mutex mutex_;
   std::map<std::array<int, 6>, Compiled> kernels_;
-  std::map<std::pair<int, std::string>, Kernel> alone_;
+  std::map<int, Kernel> gates_;
 };
 
 Kernels& kernels() {
@@ -125,12 +113,8 @@ Kernels& kernels() {
   return *made;
 }
 
-// What a product's name and outputs say.
-bool is_gated(const Signature& of) { return std::strstr(of.name, "Gated") != nullptr; }
-bool is_normed(const Signature& of) { return of.outputs == 2; }
-
-// Rows by a matrix, perhaps of a residual stream that is added to and normed first, and perhaps the gate of what comes
-// of it: by one of our kernels where they are faster, else by a built-in operator and kernels before and behind it.
+// Rows by a matrix, and perhaps the gate of what comes of it: by our kernels where they are faster, else by a built-in
+// operator and, if there is one, a kernel for the gate.
 class Product : public Node {
  public:
   void compute(Handle context) {
@@ -138,28 +122,16 @@ class Product : public Node {
     const std::int64_t outputs = outputs_of(context);
     const Rows given = rows_of(context, outputs / spans);
     const Handle y = output(context, 0, given.shape);
-    const Handle added = matrix_.normed ? output(context, 1, shape_of(input(context, 0))) : nullptr;
     if (given.count == 0) return;
-    if (fewest_ <= given.count && given.count <= most_)
-      return multiply(context, y, added, static_cast<int>(given.count));
-    std::vector<Handle> inputs = inputs_from(context, first_ - 1);
-    std::optional<Temporary> rows;
-    if (matrix_.normed) {
-      const std::vector<std::int64_t> shape = shape_of(input(context, 0));
-      rows.emplace(*this, context, y, shape);
-      norm_rows(context, rows->address(), address(added), static_cast<int>(shape.back()), given.count);
-      inputs[0] = rows->value();
-    }
-    if (!matrix_.gated) return invoke_built_in(context, inputs, {y});
+    if (fewest_ <= given.count && given.count <= most_) return multiply(context, y, static_cast<int>(given.count));
+    if (!matrix_.gated) return invoke_built_in(context, {y});
     const Temporary both(*this, context, y, rows_of(context, outputs).shape);
-    invoke_built_in(context, inputs, {both.value()});
+    invoke_built_in(context, {both.value()});
     gate_rows(context, both.address(), address(y), static_cast<int>(outputs / spans), given.count);
   }
 
  protected:
-  Product(const Api& api, Handle info, bool normed) : Node(api, info), first_(normed ? 3 : 1) {
-    if (normed) epsilon_ = number(info, "epsilon", 1e-5f);
-  }
+  Product(const Api& api, Handle info, bool gated) : Node(api, info) { matrix_.gated = gated; }
 
   virtual ~Product() = default;
   virtual std::int64_t outputs_of(Handle) const { return matrix_.outputs; }
@@ -167,9 +139,8 @@ class Product : public Node {
   // What our kernels need. A window's is compiled at loading; that it can't be is said there too.
   void prepare(bool known) {
     if (matrix_.gated) kernels().gate(gpu_);
-    if (matrix_.normed) kernels().norm(gpu_);
-    known = known && (!matrix_.normed || matrix_.small()) && matrix_.outputs > 0 && matrix_.inputs > 0 &&
-            matrix_.inputs % kBlock == 0 && gpu_.major >= kFirstCapability;
+    known = known && matrix_.outputs > 0 && matrix_.inputs > 0 && matrix_.inputs % kBlock == 0 &&
+            gpu_.major >= kFirstCapability;
     if (!known) return;
     cut_ = cut_of(matrix_, gpu_);
     const bool groups = cut_.shared_bytes(matrix_, kGroupTiles) <= gpu_.shared_of_block;
@@ -184,38 +155,24 @@ class Product : public Node {
   }
 
   Matrix matrix_{};
-  const std::size_t first_;  // input of the matrix
 
  private:
-  void multiply(Handle context, Handle y, Handle added, int count) const {
+  void multiply(Handle context, Handle y, int count) const {
     const Stream on = stream(context);
     const int row_tiles = count <= 8 ? 1 : count <= kWindowRows ? 2 : kGroupTiles;
     const Compiled compiled = kernels().compiled(gpu_, matrix_, cut_, row_tiles);
     const Workspace memory = workspace(gpu_.index, on);
     const bool scaled = matrix_.bits < 16;
-    Address at[] = {address(input(context, first_)),
-                    scaled ? address(input(context, first_ + 1)) : 0,
+    Address at[] = {address(input(context, 1)),
+                    scaled ? address(input(context, 2)) : 0,
                     address(input(context, 0)),
                     address(y),
                     memory.sums_at,
-                    memory.tickets_at,
-                    matrix_.normed ? address(input(context, 1)) : 0,
-                    matrix_.normed ? address(input(context, 2)) : 0,
-                    address(added)};
-    float epsilon = epsilon_;
-    void* arguments[] = {&at[0], &at[1], &at[2], &at[3], &at[4], &at[5], &count, &at[6], &at[7], &at[8], &epsilon};
+                    memory.tickets_at};
+    void* arguments[] = {&at[0], &at[1], &at[2], &at[3], &at[4], &at[5], &count};
     const int groups = (count + row_tiles * 8 - 1) / (row_tiles * 8);
     launch(compiled.kernel, {cut_.blocks(matrix_), cut_.parts, groups}, cut_.threads(), compiled.shared_bytes, on,
            arguments);
-  }
-
-  // The rows for the built-in operator.
-  void norm_rows(Handle context, Address rows, Address added, int width, std::int64_t count) const {
-    Address x = address(input(context, 0)), skip = address(input(context, 1)), norm = address(input(context, 2));
-    int pairs = width / 2;
-    float epsilon = epsilon_;
-    void* arguments[] = {&x, &skip, &norm, &rows, &added, &pairs, &epsilon};
-    launch(kernels().norm(gpu_), {static_cast<int>(count), 1, 1}, kNormThreads, 0, stream(context), arguments);
   }
 
   // The gate of a product that the built-in operator computed, `both` its result.
@@ -225,17 +182,17 @@ class Product : public Node {
     launch(kernels().gate(gpu_), {across, static_cast<int>(rows), 1}, kGateThreads, 0, stream(context), arguments);
   }
 
-  float epsilon_ = 0;
   Cut cut_{};
   int fewest_ = 1, most_ = 0;  // rows that our kernels multiply
 };
 
 // Of integers; the built-in operator is MatMulNBits.
+template <bool gated>
 class IntegerProduct : public Product {
  public:
-  IntegerProduct(const Api& api, Handle info, const Signature& of) : Product(api, info, is_normed(of)) {
+  IntegerProduct(const Api& api, Handle info) : Product(api, info, gated) {
     const auto small = [&](const char* name) { return static_cast<int>(integer(info, name)); };
-    matrix_ = {small("N"), small("K"), small("bits"), is_gated(of), is_normed(of)};
+    matrix_ = {small("N"), small("K"), small("bits"), gated};
     const int block = small("block_size");
     // What a pass of one row runs, or of many, or with a matrix of another kind.
     using Types = std::vector<std::pair<const char*, int>>;
@@ -250,28 +207,26 @@ class IntegerProduct : public Product {
                    {"bits", matrix_.bits},
                    {"block_size", block},
                    {"accuracy_level", 0}},
-                  {}, types, inputs_ - (first_ - 1), 1);
-    prepare(inputs_ == first_ + 2 && block == kBlock && (matrix_.bits == 4 || matrix_.bits == 8));
+                  {}, types, 1);
+    prepare(inputs_ == 3 && block == kBlock && (matrix_.bits == 4 || matrix_.bits == 8));
   }
 };
 
 // Of float16 numbers; the built-in operator is FusedMatMul. Ours takes small matrices, whose sizes the node says.
+template <bool gated>
 class HalfProduct : public Product {
  public:
-  HalfProduct(const Api& api, Handle info, const Signature& of) : Product(api, info, is_normed(of)) {
+  HalfProduct(const Api& api, Handle info) : Product(api, info, gated) {
     transposed_ = integer(info, "transB", 0) != 0;
     const float alpha = number(info, "alpha", 1);
     make_built_in(info, "FusedMatMul", {{"transA", 0}, {"transB", transposed_}, {"transBatchA", 0}, {"transBatchB", 0}},
-                  {{"alpha", alpha}}, {{{"T", kFloat16}}}, 2, 1);
-    const auto said = [&](const char* name) { return static_cast<int>(integer(info, name, 0)); };
-    matrix_ = {said("N"), said("K"), 16, is_gated(of), is_normed(of)};
+                  {{"alpha", alpha}}, {{{"T", kFloat16}}}, 1);
+    matrix_ = {static_cast<int>(integer(info, "N", 0)), static_cast<int>(integer(info, "K", 0)), 16, gated};
     prepare(transposed_ && alpha == 1 && matrix_.small());
   }
 
  private:
-  std::int64_t outputs_of(Handle context) const override {
-    return shape_of(input(context, first_)).at(transposed_ ? 0 : 1);
-  }
+  std::int64_t outputs_of(Handle context) const override { return shape_of(input(context, 1)).at(transposed_ ? 0 : 1); }
 
   bool transposed_ = false;
 };
@@ -281,31 +236,24 @@ class HalfProduct : public Product {
 const CustomOp& products_operation() {
   // Rows, weights, scales, and what a bundle's matrices don't have: zero points, places, a bias.
   static const Operation made =
-      operation_of<IntegerProduct>({"MatMulNBits", {kFloat16, kUint8, kFloat16, kUint8, kInt32, kFloat16}, 3});
+      operation_of<IntegerProduct<false>>({"MatMulNBits", {kFloat16, kUint8, kFloat16, kUint8, kInt32, kFloat16}, 3});
   return made;
 }
 
-std::vector<const CustomOp*> named_products() {
-  const auto normed = [](Signature signature) {
-    signature.inputs.insert(signature.inputs.begin() + 1, {kFloat16, kFloat16});
-    signature.required += 2;
-    signature.outputs = 2;
-    return signature;
-  };
-  const auto integers = [](const char* name) { return Signature{name, {kFloat16, kUint8, kFloat16}, 3}; };
-  const auto halves = [](const char* name) { return Signature{name, {kFloat16, kFloat16}, 2}; };
-  static const Operation made[] = {
-      operation_of<IntegerProduct>(integers("GatedMatMulNBits")),
-      operation_of<IntegerProduct>(normed(integers("NormedMatMulNBits"))),
-      operation_of<IntegerProduct>(normed(integers("NormedGatedMatMulNBits"))),
-      operation_of<HalfProduct>(halves("SmallFusedMatMul")),
-      operation_of<HalfProduct>(halves("GatedFusedMatMul")),
-      operation_of<HalfProduct>(normed(halves("NormedSmallFusedMatMul"))),
-      operation_of<HalfProduct>(normed(halves("NormedGatedFusedMatMul"))),
-  };
-  std::vector<const CustomOp*> found;
-  for (const Operation& operation : made) found.push_back(&operation);
-  return found;
+const CustomOp& gated_products_operation() {
+  static const Operation made =
+      operation_of<IntegerProduct<true>>({"GatedMatMulNBits", {kFloat16, kUint8, kFloat16}, 3});
+  return made;
+}
+
+const CustomOp& half_products_operation() {
+  static const Operation made = operation_of<HalfProduct<false>>({"SmallFusedMatMul", {kFloat16, kFloat16}, 2});
+  return made;
+}
+
+const CustomOp& gated_half_products_operation() {
+  static const Operation made = operation_of<HalfProduct<true>>({"GatedFusedMatMul", {kFloat16, kFloat16}, 2});
+  return made;
 }
 
 }  // namespace mirror_gpu

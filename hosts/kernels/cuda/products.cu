@@ -15,8 +15,6 @@
 //   GATED        1 where the outputs' first half is a gate of the second: y = silu(gate) * up then, by gated.cu, which
 //   lies
 //                before this text. ACROSS is 2.
-//   NORMED       1 where the rows are a residual stream and what is to be added, which are added and normed first, as
-//                normed.cu says, which lies before this text too. STAGED is 0, PARTS is 1.
 //
 // y[row][output] = sum over blocks of scale * (q - zero) * x[row][input], in float32; a weight is rounded to float16
 // once, as scale times integer, which is what ONNX Runtime's MatMulNBits multiplies with too. Every output's sum has
@@ -42,7 +40,6 @@ constexpr int kSpans = GATED ? 2 : 1;
 constexpr int kSpan = kOutputs / kSpans, kSpanOutputs = OUTPUTS / kSpans;
 constexpr bool kEven = kSpanOutputs % kSpan == 0;
 static_assert(!GATED || (ACROSS == 2 && OUTPUTS % 2 == 0), "a warp's outputs lie in one half");
-static_assert(!NORMED || (!STAGED && PARTS == 1), "a thread block reads whole rows, each warp a part of them");
 constexpr int kRows = 8 * ROW_TILES;
 constexpr int kSteps = (BLOCKS + 3) / 4;
 
@@ -155,25 +152,16 @@ __device__ __forceinline__ void write(u16* y, int row, int output, Sum sum) {
 // weights: [OUTPUTS][BLOCKS][4 * BITS bytes], scales of integers: float16 [OUTPUTS][BLOCKS], x: float16 [rows][32 *
 // BLOCKS], y: float16 [rows][OUTPUTS], half of that if GATED. The grid is (parts of the outputs, PARTS, groups of kRows
 // rows). With more than one part of the input, partial is float32 [groups][PARTS][kRows][OUTPUTS], and tickets int32
-// [groups][parts of the outputs], zero before and after. If NORMED, x + skip is written to added, both as x.
+// [groups][parts of the outputs], zero before and after.
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     products(const unsigned char* __restrict__ weights, const u16* __restrict__ scales, const u16* __restrict__ x,
-             u16* __restrict__ y, float* __restrict__ partial, int* __restrict__ tickets, int rows
-#if NORMED
-             ,
-             const u16* __restrict__ skip, const u16* __restrict__ norm, u16* __restrict__ added, float epsilon
-#endif
-    ) {
+             u16* __restrict__ y, float* __restrict__ partial, int* __restrict__ tickets, int rows) {
   extern __shared__ uint4 shared[];  // rows, if STAGED: [steps][ROW_TILES][4][lane]
   x += (long long)blockIdx.z * kRows * BLOCKS * kBlock;
   y += (long long)blockIdx.z * kRows * (OUTPUTS / kSpans);
   partial += (long long)blockIdx.z * PARTS * kRows * OUTPUTS;
   tickets += blockIdx.z * gridDim.x;
   rows -= blockIdx.z * kRows;
-#if NORMED
-  skip += (long long)blockIdx.z * kRows * BLOCKS * kBlock;
-  added += (long long)blockIdx.z * kRows * BLOCKS * kBlock;
-#endif
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int group = lane >> 2, place = lane & 3;
   const int across = warp % ACROSS, along = warp / ACROSS;
@@ -213,57 +201,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
 #pragma unroll
   for (int stage = 0; stage < AHEAD; ++stage) fetch(begin + along + stage * ALONG, ring[stage]);
 
-  // Eight inputs of a row. A row past the last one is the last one again, and is not written.
-  const auto eight_given = [&](int step, int row, int of_place, int part) {
-    row = row < rows ? row : rows - 1;
-    const long long place_of = (long long)row * (BLOCKS * 4) + eight_of(step, of_place, part);
-    const uint4 eight = __ldg(reinterpret_cast<const uint4*>(x) + place_of);
-#if NORMED
-    const uint4 more = __ldg(reinterpret_cast<const uint4*>(skip) + place_of);
-    return make_uint4(add2(eight.x, more.x), add2(eight.y, more.y), add2(eight.z, more.z), add2(eight.w, more.w));
-#else
-    return eight;
-#endif
-  };
-#if NORMED
-  // One over each row's root mean square: the squares of a warp's inputs first, then the warps' in their order.
-  __shared__ float squares[ALONG][kRows];
-  float inverse[ROW_TILES] = {};
-  for (int step = begin + along; step < end; step += ALONG)
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      const bool there = kWhole || step * 4 + (BITS == 16 ? part : place) < BLOCKS;
-#pragma unroll
-      for (int tile = 0; tile < ROW_TILES; ++tile) {
-        const int row = tile * 8 + group;
-        const uint4 eight = eight_given(step, row, place, part);
-        inverse[tile] += there ? squares_of(eight) : 0.0f;
-        if (there && blockIdx.x == 0 && across == 0 && row < rows)
-          reinterpret_cast<uint4*>(added)[(long long)row * (BLOCKS * 4) + eight_of(step, place, part)] = eight;
-      }
-    }
-#pragma unroll
-  for (int tile = 0; tile < ROW_TILES; ++tile) {
-    inverse[tile] += __shfl_xor_sync(~0u, inverse[tile], 1);
-    inverse[tile] += __shfl_xor_sync(~0u, inverse[tile], 2);
-    if (across == 0 && place == 0) squares[along][tile * 8 + group] = inverse[tile];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int tile = 0; tile < ROW_TILES; ++tile) {
-    float sum = 0;
-#pragma unroll
-    for (int of_warp = 0; of_warp < ALONG; ++of_warp) sum += squares[of_warp][tile * 8 + group];
-    inverse[tile] = rsqrtf(sum / (BLOCKS * kBlock) + epsilon);
-  }
-#endif
-  // The same in the order of the weights' registers.
+  // Eight inputs of a row in the order of the weights' registers. A row past the last one is the last one again, and is
+  // not written.
   const auto eight_inputs = [&](int step, int row, int of_place, int part) {
-    uint4 eight = eight_given(step, row, of_place, part);
-#if NORMED
-    const uint4 times = __ldg(reinterpret_cast<const uint4*>(norm) + eight_of(step, of_place, part));
-    eight = normed(eight, inverse[row / 8], times);
-#endif
+    row = row < rows ? row : rows - 1;
+    const uint4* const source = reinterpret_cast<const uint4*>(x + (long long)row * BLOCKS * kBlock);
+    const uint4 eight = __ldg(source + eight_of(step, of_place, part));
 #if BITS == 4
     return make_uint4(__byte_perm(eight.x, eight.z, 0x5410), __byte_perm(eight.x, eight.z, 0x7632),
                       __byte_perm(eight.y, eight.w, 0x5410), __byte_perm(eight.y, eight.w, 0x7632));
@@ -343,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
 #endif
 
   // The warps along the input, added up in their order.
-  float* const of_warps = reinterpret_cast<float*>(shared);  // [ALONG][kRows][kOutputs]
+  float* const added = reinterpret_cast<float*>(shared);  // [ALONG][kRows][kOutputs]
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
@@ -352,15 +295,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
       for (int index = 0; index < 4; ++index) {
         const int row = of_rows * 8 + place * 2 + (index & 1);
         const int output = (across * TILES + tile) * 16 + group + (index & 2) * 4;
-        of_warps[(along * kRows + row) * kOutputs + output] = sums[tile][of_rows][index];
+        added[(along * kRows + row) * kOutputs + output] = sums[tile][of_rows][index];
       }
   __syncthreads();
   for_results(rows, [&](int index, int row, int output) {
     const auto sum_of = [&](int span) {
       float sum = 0;
 #pragma unroll
-      for (int of_warp = 0; of_warp < ALONG; ++of_warp)
-        sum += of_warps[of_warp * kRows * kOutputs + index + span * kSpan];
+      for (int of_warp = 0; of_warp < ALONG; ++of_warp) sum += added[of_warp * kRows * kOutputs + index + span * kSpan];
       return sum;
     };
     if (PARTS == 1) {
