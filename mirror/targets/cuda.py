@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mirror.errors import DeviceError
 from mirror.targets.base import LoadRequest
 from mirror.targets.cuda_driver import load_driver
 from mirror.targets.cuda_runtime import CudaStream
-from mirror.targets.kernel_library import LIBRARY, chosen_operators
+from mirror.targets.kernel_library import LIBRARY, chosen_operators, unwanted_lack
 from mirror.targets.onnxruntime_session import DeviceStream, Memory, OnnxRuntimeDevice, Provider
 
 PROVIDER = "CUDAExecutionProvider"
@@ -27,6 +28,7 @@ INSTALL_CUDA = 'pip install "mirror-sd[cuda]" && pip install --force-reinstall -
 
 _NAME_BYTES = 256
 # What a GPU must compute itself: on the CPU it would copy the whole cache there and back in every layer.
+_LOG = logging.getLogger("mirror")
 _ATTENTION = "GroupQueryAttention"
 # On Hopper ONNX Runtime takes cuDNN's attention, whose time grows the faster with the context; of these two it takes
 # flash attention (1), or memory-efficient (2) where that can't be. One kernel for all passes of an engine: two would
@@ -49,6 +51,7 @@ class CudaDevice(OnnxRuntimeDevice):
     def __init__(self, index: int, stream: DeviceStream) -> None:
         super().__init__(f"cuda:{index}", cuda_provider(index, stream), Form.INPLACE)
         self.stream = stream
+        self._told = False
 
     def session_options(self, segment_name: str, threads: int) -> ort.SessionOptions:
         """Return the options of one segment's session, which tell afterwards what runs where."""
@@ -62,8 +65,12 @@ class CudaDevice(OnnxRuntimeDevice):
             provider = replace(provider, options={**provider.options, "sdpa_kernel": _WITHOUT_CUDNN})
         options = self.session_options(request.segment.name, request.threads)
         # Half precision is what the kernels compute in; others are refused below.
-        if chosen_operators() and all(layer.dtype == _HALF for layer in request.segment.kv):
+        halves = all(layer.dtype == _HALF for layer in request.segment.kv)
+        if halves and chosen_operators():
             options.register_custom_ops_library(str(LIBRARY))
+        elif halves and request.segment.kv and not self._told and (why := unwanted_lack()) is not None:
+            self._told = True
+            _LOG.warning("%s computes by ONNX Runtime's kernels alone, which take longer: %s", self.name, why)
         session = self._session_on(provider, path, options)
         if _ATTENTION in _operators_elsewhere(session):
             raise DeviceError(

@@ -202,6 +202,11 @@ def operators_missing() -> str | None:
     return None if reason is None else str(reason.decode())
 
 
+def unwanted_lack() -> str | None:
+    """Return why GPUs compute without mirror's own kernels though nobody said so, None where that isn't so."""
+    return None if _wanted() == "off" else operators_missing()
+
+
 def chosen_operators() -> bool:
     """Whether GPUs compute by this package's own kernels: where they can, unless the variable is `off`."""
     return _wanted() != "off" and operators_missing() is None

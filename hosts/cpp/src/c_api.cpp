@@ -22,6 +22,7 @@ struct mirror_status {
 
 struct mirror_engine {
   std::shared_ptr<mirror::Engine> engine;
+  std::string notices;
 };
 
 struct mirror_answer {
@@ -283,6 +284,7 @@ mirror_status* mirror_engine_load(const char* folder, const mirror_load_options*
     const auto chosen = engine_options(full(options, init_load_options));
     auto made = std::make_unique<mirror_engine>();
     made->engine = mirror::Engine::load(std::filesystem::u8path(folder), chosen);
+    made->notices = made->engine->notices();
     *engine = made.release();
   });
 }
@@ -302,7 +304,8 @@ mirror_status* mirror_engine_describe(const mirror_engine* engine, mirror_engine
     const mirror::Plan& plan = engine->engine->plan;
     write(facts, mirror_engine_facts{0, mode_number(plan.mode), engine->engine->manifest.model.vocab_size, plan.gamma,
                                      plan.max_length, plan.branches(), plan.target_threads, plan.draft_threads,
-                                     engine->engine->recorded_passes(), engine->engine->draft_kernels()});
+                                     engine->engine->recorded_passes(), engine->engine->draft_kernels(),
+                                     engine->notices.empty() ? nullptr : engine->notices.c_str()});
   });
 }
 

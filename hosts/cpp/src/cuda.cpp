@@ -210,6 +210,7 @@ class CudaStream final : public DeviceStream {
     if (share < 1.0) {
       runtime().check(runtime().free(nullptr), "cudaFree");  // makes the context that the part belongs to
       stream_ = cuda_driver().part_stream(index, share, priority);
+      whole_ = stream_ == nullptr;
     }
     if (stream_ == nullptr)
       runtime().check(runtime().create_stream(&stream_, non_blocking, priority), "cudaStreamCreateWithPriority");
@@ -219,6 +220,7 @@ class CudaStream final : public DeviceStream {
   CudaStream& operator=(const CudaStream&) = delete;
 
   void* handle() const override { return stream_; }
+  bool whole() const override { return whole_; }
 
   std::shared_ptr<void> pinned(std::size_t bytes) override {
     void* memory = nullptr;
@@ -282,6 +284,7 @@ class CudaStream final : public DeviceStream {
 
   int index_;
   Handle stream_ = nullptr;
+  bool whole_ = true;
 };
 
 }  // namespace

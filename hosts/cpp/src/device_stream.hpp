@@ -31,6 +31,8 @@ class DeviceStream {
   virtual ~DeviceStream() = default;
   // Its address, as ONNX Runtime takes it.
   virtual void* handle() const = 0;
+  // Whether its work may run on all of its device.
+  virtual bool whole() const { return true; }
   // Zeroed host memory that copies go to and from.
   virtual std::shared_ptr<void> pinned(std::size_t bytes) = 0;
   // These only launch; host memory must be pinned, and stay as it is until the stream has come there.

@@ -168,10 +168,16 @@ std::shared_ptr<Device> open_cuda(const DeviceName& name, Role role) {
   provider.sized_total = true;
   provider.stream = open_cuda_stream(index, role != Role::target, name.share);
   provider.free_memory = [name = provider.device, index] { return FreeMemory{name, cuda_driver().free_bytes(index)}; };
-  const auto configure = [index, stream = provider.stream](Ort::SessionOptions& options, const SegmentFacts& facts, int,
-                                                           int capacity) {
+  provider.notices = std::make_shared<std::vector<std::string>>();
+  if (name.share < 1.0 && provider.stream->whole())
+    provider.notices->push_back(provider.device + " has no parts in this driver; draft and target share it whole");
+  const auto configure = [index, stream = provider.stream, notices = provider.notices, device = provider.device](
+                             Ort::SessionOptions& options, const SegmentFacts& facts, int, int capacity) {
     use_cuda(options, index, stream->handle(), capacity);
-    if (takes_operators(facts)) add_operators(options);
+    if (takes_operators(facts)) return add_operators(options);
+    const std::optional<std::string> lack = operators_lack(facts);
+    const std::string notice = lack ? device + " computes by " + *lack : "";
+    if (lack && std::find(notices->begin(), notices->end(), notice) == notices->end()) notices->push_back(notice);
   };
   return std::make_shared<SessionDevice>(provider, configure);
 }

@@ -55,6 +55,14 @@ const Tokenizer& Engine::tokenizer() {
   return *tokenizer_;
 }
 
+std::string Engine::notices() const {
+  std::string lines;
+  for (const Device* device : {places_.target.get(), places_.suffix.get(), places_.draft.get()})
+    for (const std::string& notice : device->notices())
+      if (lines.find(notice) == std::string::npos) lines += (lines.empty() ? "" : "\n") + notice;
+  return lines;
+}
+
 int Engine::recorded_passes() const {
   int total = 0;
   for (const Device* device : std::set<const Device*>{places_.target.get(), places_.suffix.get(), places_.draft.get()})

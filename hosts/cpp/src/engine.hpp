@@ -48,6 +48,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Passes of its devices that were recorded and are replayed, so far.
   int recorded_passes() const;
 
+  // What its devices do without though it was asked for or is usual, a line each.
+  std::string notices() const;
+
   // What our own kernels run the draft with, amx, avx512 or avx2; null where ONNX Runtime runs it, or none is loaded.
   const char* draft_kernels() const { return places_.draft->draft_kernels(); }
 

@@ -8,10 +8,26 @@
 
 namespace mirror {
 
-bool takes_operators(const SegmentFacts& facts) {
+namespace {
+
+bool wants_operators(const SegmentFacts& facts) {
   const bool halves =
       std::all_of(facts.kv.begin(), facts.kv.end(), [](const LayerKV& layer) { return layer.dtype == DType::float16; });
-  return halves && wanted_kernels() != "off" && mirror_operators_missing() == nullptr;
+  return halves && wanted_kernels() != "off";
+}
+
+}  // namespace
+
+bool takes_operators(const SegmentFacts& facts) {
+  return wants_operators(facts) && mirror_operators_missing() == nullptr;
+}
+
+std::optional<std::string> operators_lack(const SegmentFacts& facts) {
+  // A segment without layers is in no precision of its own.
+  if (facts.kv.empty() || !wants_operators(facts)) return std::nullopt;
+  const char* missing = mirror_operators_missing();
+  if (missing == nullptr) return std::nullopt;
+  return std::string("ONNX Runtime's kernels alone, which take longer: ") + missing;
 }
 
 void add_operators(Ort::SessionOptions& options) {

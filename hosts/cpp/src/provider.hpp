@@ -40,6 +40,8 @@ struct Provider {
   std::shared_ptr<DeviceStream> stream;
   // What is left of its memory; empty for host memory.
   std::function<FreeMemory()> free_memory;
+  // What it does without though it was asked for or is usual, a sentence each; null where nothing can be missing.
+  std::shared_ptr<std::vector<std::string>> notices;
 };
 
 // Whether a text begins with another.

@@ -23,6 +23,9 @@ class SessionDevice : public Device {
     return provider_.free_memory ? provider_.free_memory() : host_memory_left();
   }
   int padded_width() const override { return provider_.padded_width; }
+  std::vector<std::string> notices() const override {
+    return provider_.notices ? *provider_.notices : std::vector<std::string>();
+  }
   int recorded_passes() const override { return provider_.stream ? provider_.stream->recorded.load() : 0; }
 
   // Its segment may outlive it.

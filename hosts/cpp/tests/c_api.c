@@ -83,7 +83,7 @@ static void an_older_program(const char* bundle) {
   facts.struct_size = sizeof facts;
   succeeds(mirror_engine_describe(engine, &facts), "describe");
   check(facts.mode == MIRROR_MODE_PLAIN && facts.vocab_size == 23 && facts.gamma == 3 && facts.max_length == 64 &&
-            facts.recorded_passes == 0 && facts.draft_kernels == NULL,
+            facts.recorded_passes == 0 && facts.draft_kernels == NULL && facts.notices == NULL,
         "facts");
   mirror_engine_free(engine);
 }

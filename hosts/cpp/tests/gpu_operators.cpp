@@ -115,6 +115,12 @@ const SegmentFacts exit_head = with_layers({}), halves = with_layers({DType::flo
 // `missing`: why this process can't have them.
 void what_is_missing_is_said(const std::string& missing) {
   checks.check(!takes_operators(halves) && !takes_operators(exit_head), "no segment takes what isn't there");
+  const std::string said_of_halves = operators_lack(halves).value_or("nothing");
+  checks.equal(said_of_halves, "ONNX Runtime's kernels alone, which take longer: " + missing, "what a segment lacks");
+  checks.check(!operators_lack(exit_head) && !operators_lack(with_layers({DType::bfloat16})), "others lack nothing");
+  choose("off");
+  checks.check(!operators_lack(halves), "nobody lacks what is off");
+  choose(nullptr);
   Ort::SessionOptions options;
   OrtSessionOptions* const given = options;
   const Ort::Status said(static_cast<OrtStatus*>(mirror_operators_register(given, OrtGetApiBase())));
@@ -134,6 +140,7 @@ void segments_in_half_precision_take_them() {
   for (const auto& [value, taken] : {std::pair{" OFF ", false}, std::pair{"avx2", true}, std::pair{"", true}}) {
     choose(value);
     checks.equal(takes_operators(halves), taken, std::string("MIRROR_KERNELS is ") + value);
+    checks.check(!operators_lack(halves), "what is there, or off, isn't lacking");
   }
   choose(nullptr);
 }

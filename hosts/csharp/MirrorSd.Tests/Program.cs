@@ -223,6 +223,7 @@ internal static class Program
             long[] prompt = { 1, 2, 3 };
             Check(engine.Mode == Mode.Mirror && engine.VocabSize == 23 && engine.MaxLength == 64, "facts");
             Check(engine.RecordedPasses == 0 && engine.DraftKernels == null, "facts of devices: graphs on a CPU");
+            Check(engine.Notices.Length == 0, "a CPU lacks nothing");
             var path = engine.Start(prompt, new GenerateOptions { MaxNewTokens = 40 });
             Refused("busy", ErrorCode.Busy, "already making an answer", () => engine.Start(prompt));
             var first = path.Next();

@@ -55,6 +55,17 @@ namespace MirrorSd
         /// it, or none is loaded.</summary>
         public string DraftKernels => Marshal.PtrToStringAnsi(Describe().DraftKernels);
 
+        /// <summary>What its devices do without though it was asked for or is usual, such as the library's own kernels on
+        /// a GPU, a sentence each.</summary>
+        public string[] Notices
+        {
+            get
+            {
+                var lines = Describe().Notices;
+                return lines == IntPtr.Zero ? new string[0] : Interop.TextAt(lines).Split('\n');
+            }
+        }
+
         /// <summary>Begins an answer to a text. The engine is busy until it has ended or is disposed.</summary>
         /// <exception cref="MirrorException">The request contradicts the bundle, doesn't fit the cache, or another
         /// answer is being made.</exception>

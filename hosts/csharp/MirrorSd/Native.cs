@@ -87,6 +87,7 @@ namespace MirrorSd
             public int DraftThreads;
             public int RecordedPasses;
             public IntPtr DraftKernels;
+            public IntPtr Notices;
         }
 
         [StructLayout(LayoutKind.Sequential)]

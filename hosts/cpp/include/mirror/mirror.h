@@ -39,7 +39,7 @@ extern "C" {
 
 /* Raised when something is added; functions are never taken away or changed under the same major number. */
 #define MIRROR_API_MAJOR 1
-#define MIRROR_API_MINOR 5
+#define MIRROR_API_MINOR 6
 
 /* The version that the library was built with: major * 1000 + minor. */
 MIRROR_API uint32_t mirror_api_version(void);
@@ -149,6 +149,9 @@ typedef struct mirror_engine_facts {
   int32_t recorded_passes;   /* passes that its GPUs have recorded and replay, so far. Since 1.2 */
   const char* draft_kernels; /* what this library's own kernels run the draft with: "amx", "avx512" or "avx2"; NULL
                                 where ONNX Runtime runs it, or none is loaded. Static. Since 1.5 */
+  const char* notices;       /* what its devices do without though it was asked for or is usual, such as our kernels on
+                                a GPU, a line of UTF-8 each; NULL where there is nothing to say. The engine's.
+                                Since 1.6 */
 } mirror_engine_facts;
 
 /* Set struct_size first. */
