@@ -23,7 +23,7 @@ from mirror.errors import BundleError
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "mirror.json"
 ROLLOUT_SLOTS = 4096  # slots past max_length that a draft's graphs have room for: the rows of a rollout
-# Products that our kernels for GPUs have are called so, and as the product; see `export/products.py`.
+# Products that our kernels for GPUs have are called so, and as the product (`product_kind`); see `export/products.py`.
 GATED = "Gated"  # one whose halves gate each other
 SMALL = "Small"  # one with a small matrix in float16
 KEY_BLOCK = 16  # slots of a block of keys in a draft's cache, of which it has whole ones
@@ -62,6 +62,11 @@ OUTPUT_NAMES = (
     "candidate_ids",  # int64 [1, rows, top] (the exit head: [1, width, top]), likeliest first
     "candidate_logprobs",  # float32, the same shape
 )
+
+
+def product_kind(op_type: str) -> str:
+    """Return a node's operator, without what is put before a product's that our kernels for GPUs have."""
+    return op_type.removeprefix(GATED).removeprefix(SMALL)
 
 
 # A draft's segments with products of 8-bit integers, for ONNX Runtime's CPU, by the names of its other ones.

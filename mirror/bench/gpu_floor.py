@@ -24,7 +24,7 @@ import onnx
 
 from mirror.bench.gpu_shared import SharedDevice
 from mirror.bench.provenance import gpu_name, provenance
-from mirror.bundle import GATED, Form, Manifest, read_manifest
+from mirror.bundle import Form, Manifest, product_kind, read_manifest
 from mirror.runtime.feeds import FeedPool
 from mirror.targets import open_device
 from mirror.targets.base import Device, KVCache, LoadedSegment, LoadRequest, PassShape, Tensor, to_host
@@ -173,7 +173,7 @@ def matrix_shapes(bundle: Path, manifest: Manifest, segment: str) -> Iterator[tu
     model = onnx.load(bundle / manifest.segments[segment].graphs[Form.INPLACE].file, load_external_data=False)
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2}
     for node in model.graph.node:
-        if node.op_type.removeprefix(GATED) == "FusedMatMul" and node.input[1] in shapes:
+        if product_kind(node.op_type) == "FusedMatMul" and node.input[1] in shapes:
             rows, columns = shapes[node.input[1]]
             yield rows, columns
 

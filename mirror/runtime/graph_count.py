@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mirror.bundle import GATED, SMALL
+from mirror.bundle import product_kind
 from mirror.errors import BundleError
 from mirror.runtime.wire import messages, numbers
 from mirror.targets.base import StoredWeights
@@ -119,7 +119,7 @@ def _node(data: memoryview) -> _Node:
 
 def _product(node: _Node, tensors: Mapping[str, memoryview]) -> Product | None:
     """Return the product that a node computes with stored numbers, None if it computes none."""
-    kind = node.kind.removeprefix(GATED).removeprefix(SMALL)
+    kind = product_kind(node.kind)
     if kind not in _PRODUCTS:
         return None
     stored = [tensors[name] for name in node.inputs if name in tensors]

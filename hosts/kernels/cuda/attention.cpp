@@ -72,7 +72,7 @@ Kernels& kernels() {
 
 class Attention : public Node {
  public:
-  Attention(const Api& api, Handle info) : Node(api, info) {
+  Attention(const Api& api, Handle info, const Signature&) : Node(api, info) {
     const std::int64_t heads = integer(info, "num_heads"), key_heads = integer(info, "kv_num_heads");
     const std::int64_t rotary = integer(info, "do_rotary", 0), interleaved = integer(info, "rotary_interleaved", 0);
     const std::int64_t window = integer(info, "local_window_size", -1), smooth = integer(info, "smooth_softmax", 0);

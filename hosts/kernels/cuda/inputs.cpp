@@ -31,7 +31,7 @@ Kernel compiled(const Gpu& gpu, const char* name) {
 // One kernel over [rows][width].
 class Rowwise : public Node {
  protected:
-  Rowwise(const Api& api, Handle info, const char* name) : Node(api, info), kernel_(compiled(gpu_, name)) {}
+  Rowwise(const Api& api, Handle info, const char* kernel) : Node(api, info), kernel_(compiled(gpu_, kernel)) {}
 
   void run(Handle context, std::int64_t rows, std::int64_t width, void** arguments) const {
     if (rows == 0 || width == 0) return;
@@ -45,7 +45,7 @@ class Rowwise : public Node {
 
 class BranchMask : public Rowwise {
  public:
-  BranchMask(const Api& api, Handle info) : Rowwise(api, info, "branch_mask") {}
+  BranchMask(const Api& api, Handle info, const Signature&) : Rowwise(api, info, "branch_mask") {}
 
   void compute(Handle context) const {
     int slots = *reinterpret_cast<const int*>(address(input(context, 0)));
@@ -59,7 +59,7 @@ class BranchMask : public Rowwise {
 
 class StreamEmbedding : public Rowwise {
  public:
-  StreamEmbedding(const Api& api, Handle info) : Rowwise(api, info, "stream_embedding") {
+  StreamEmbedding(const Api& api, Handle info, const Signature&) : Rowwise(api, info, "stream_embedding") {
     vocabulary_ = static_cast<int>(integer(info, "vocabulary"));
   }
 

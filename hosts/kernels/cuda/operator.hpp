@@ -237,7 +237,7 @@ struct Operation : CustomOp {
 
 const Api*& api_of_process();
 
-// The table of an operator whose kernel is a `Kernel`, made of an Api and a node's facts, with `compute(context)`.
+// The table of an operator whose kernel is a `Kernel`, made of an Api, a node's facts and the signature, with `compute(context)`.
 template <typename Kernel>
 Operation operation_of(Signature signature) {
   Operation op{};
@@ -266,8 +266,8 @@ Operation operation_of(Signature signature) {
   op.get_variadic_input_homogeneity = [](const CustomOp*) { return 1; };
   op.get_variadic_output_arity = [](const CustomOp*) { return 1; };
   op.get_variadic_output_homogeneity = [](const CustomOp*) { return 1; };
-  op.create_kernel_v2 = [](const CustomOp*, const Api* api, Handle info, void** kernel) {
-    return guarded(*api, [&] { *kernel = new Kernel(*api, info); });
+  op.create_kernel_v2 = [](const CustomOp* given, const Api* api, Handle info, void** kernel) {
+    return guarded(*api, [&] { *kernel = new Kernel(*api, info, static_cast<const Operation*>(given)->signature); });
   };
   op.compute_v2 = [](void* kernel, Handle context) {
     return guarded(*api_of_process(), [&] { static_cast<Kernel*>(kernel)->compute(context); });

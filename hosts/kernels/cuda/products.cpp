@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
@@ -113,6 +114,8 @@ Kernels& kernels() {
   return *made;
 }
 
+bool is_gated(const Signature& of) { return std::strncmp(of.name, "Gated", 5) == 0; }
+
 // Rows by a matrix, and perhaps the gate of what comes of it: by our kernels where they are faster, else by a built-in
 // operator and, if there is one, a kernel for the gate.
 class Product : public Node {
@@ -131,7 +134,7 @@ class Product : public Node {
   }
 
  protected:
-  Product(const Api& api, Handle info, bool gated) : Node(api, info) { matrix_.gated = gated; }
+  using Node::Node;
 
   virtual ~Product() = default;
   virtual std::int64_t outputs_of(Handle) const { return matrix_.outputs; }
@@ -187,12 +190,11 @@ class Product : public Node {
 };
 
 // Of integers; the built-in operator is MatMulNBits.
-template <bool gated>
 class IntegerProduct : public Product {
  public:
-  IntegerProduct(const Api& api, Handle info) : Product(api, info, gated) {
+  IntegerProduct(const Api& api, Handle info, const Signature& of) : Product(api, info) {
     const auto small = [&](const char* name) { return static_cast<int>(integer(info, name)); };
-    matrix_ = {small("N"), small("K"), small("bits"), gated};
+    matrix_ = {small("N"), small("K"), small("bits"), is_gated(of)};
     const int block = small("block_size");
     // What a pass of one row runs, or of many, or with a matrix of another kind.
     using Types = std::vector<std::pair<const char*, int>>;
@@ -213,15 +215,14 @@ class IntegerProduct : public Product {
 };
 
 // Of float16 numbers; the built-in operator is FusedMatMul. Ours takes small matrices, whose sizes the node says.
-template <bool gated>
 class HalfProduct : public Product {
  public:
-  HalfProduct(const Api& api, Handle info) : Product(api, info, gated) {
+  HalfProduct(const Api& api, Handle info, const Signature& of) : Product(api, info) {
     transposed_ = integer(info, "transB", 0) != 0;
     const float alpha = number(info, "alpha", 1);
     make_built_in(info, "FusedMatMul", {{"transA", 0}, {"transB", transposed_}, {"transBatchA", 0}, {"transBatchB", 0}},
                   {{"alpha", alpha}}, {{{"T", kFloat16}}}, 1);
-    matrix_ = {static_cast<int>(integer(info, "N", 0)), static_cast<int>(integer(info, "K", 0)), 16, gated};
+    matrix_ = {static_cast<int>(integer(info, "N", 0)), static_cast<int>(integer(info, "K", 0)), 16, is_gated(of)};
     prepare(transposed_ && alpha == 1 && matrix_.small());
   }
 
@@ -236,23 +237,22 @@ class HalfProduct : public Product {
 const CustomOp& products_operation() {
   // Rows, weights, scales, and what a bundle's matrices don't have: zero points, places, a bias.
   static const Operation made =
-      operation_of<IntegerProduct<false>>({"MatMulNBits", {kFloat16, kUint8, kFloat16, kUint8, kInt32, kFloat16}, 3});
+      operation_of<IntegerProduct>({"MatMulNBits", {kFloat16, kUint8, kFloat16, kUint8, kInt32, kFloat16}, 3});
   return made;
 }
 
 const CustomOp& gated_products_operation() {
-  static const Operation made =
-      operation_of<IntegerProduct<true>>({"GatedMatMulNBits", {kFloat16, kUint8, kFloat16}, 3});
+  static const Operation made = operation_of<IntegerProduct>({"GatedMatMulNBits", {kFloat16, kUint8, kFloat16}, 3});
   return made;
 }
 
 const CustomOp& half_products_operation() {
-  static const Operation made = operation_of<HalfProduct<false>>({"SmallFusedMatMul", {kFloat16, kFloat16}, 2});
+  static const Operation made = operation_of<HalfProduct>({"SmallFusedMatMul", {kFloat16, kFloat16}, 2});
   return made;
 }
 
 const CustomOp& gated_half_products_operation() {
-  static const Operation made = operation_of<HalfProduct<true>>({"GatedFusedMatMul", {kFloat16, kFloat16}, 2});
+  static const Operation made = operation_of<HalfProduct>({"GatedFusedMatMul", {kFloat16, kFloat16}, 2});
   return made;
 }
 
