@@ -42,8 +42,9 @@ def test_the_kernel_compiles_for_every_kind_of_gpu(architecture: str, bits: int,
             both_fit = 2 if not cut["STAGED"] and row_tiles == 1 else 1
             facts = {**matrix, **cut, "ROW_TILES": row_tiles, "AHEAD": 1, "MIN_BLOCKS": both_fit}
             log = compile_log(sources, architecture, facts)
-            # What doesn't fit into registers is read from memory; a few of 128 that do so cost nothing.
-            assert max(map(int, re.findall(r"(\d+) bytes spill stores", log)), default=0) <= 16
+            # Of groups of rows a few numbers of 128 may be read from memory, where a GPU has no more registers.
+            spilled = max(map(int, re.findall(r"(\d+) bytes spill stores", log)), default=0)
+            assert spilled <= (16 if row_tiles == 4 else 0)
 
 
 def random_matrix(sizes: tuple[int, int], bits: int, *, gated: bool = False) -> tuple[bytes, NDArray[np.float32]]:
@@ -87,9 +88,9 @@ def test_products_are_those_of_the_matrix_and_independent_of_a_rows_place(
         expected = gated_halves(expected) if gated else expected
         first, second = session.run(None, {"x": x})
         theirs = other.run(["y0"], {"x": x})[0]
-        for given in (first, theirs):
+        for given, tolerance in ((first, 5e-3 if gated else 2e-3), (theirs, 5e-3)):
             assert given.shape == (1, rows, expected.shape[1])
-            np.testing.assert_allclose(given[0], expected, rtol=0, atol=5e-3 * np.abs(expected).max())
+            np.testing.assert_allclose(given[0], expected, rtol=0, atol=tolerance * np.abs(expected).max())
         np.testing.assert_array_equal(first, second)
         if rows not in rows_of_ours(sizes, bits):
             if not gated:

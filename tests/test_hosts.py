@@ -123,7 +123,8 @@ import ctypes, sys
 import numpy as np
 import onnxruntime as ort
 from mirror.bench.gpu_attention import Attention, Heads, random_inputs
-from tests.test_gpu_products import random_matrix
+from mirror.bench.gpu_products import product_model, random_weights
+from tests.test_gpu_products import dequantised
 from tests.test_pass_inputs import computed, embedding_model, inputs_of, mask_model, name_pass_inputs
 
 folder = sys.argv[1]
@@ -132,17 +133,19 @@ kept = [ctypes.CDLL(f"{folder}/{name}") for name in ("libcuda.so.1", "libnvrtc.s
 for bits in (4, 8):
     options = ort.SessionOptions()
     options.register_custom_ops_library(library)
-    model, matrix = random_matrix((40, 96), bits)
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    model, _ = random_matrix((40, 96), bits, gated=True)
-    gated = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    weights = [random_weights(40, 96, bits, seed) for seed in range(2)]
+    session = ort.InferenceSession(product_model(weights, bits), options, providers=["CPUExecutionProvider"])
     for rows in (1, 3, 20):
         x = np.random.default_rng(rows).standard_normal((1, rows, 96), np.float32).astype(np.float16)
-        expected = x[0].astype(np.float32) @ matrix.T
-        first, second = session.run(None, {"x": x})
-        np.testing.assert_allclose(first[0], expected, rtol=0, atol=5e-3 * np.abs(expected).max())
-        np.testing.assert_array_equal(second, first)
-        np.testing.assert_array_equal(gated.run(["y0"], {"x": x})[0], first[..., 20:])
+        for found, (blocks, scales) in zip(session.run(None, {"x": x}), weights):
+            expected = x[0].astype(np.float32) @ dequantised(blocks, scales, bits).T
+            np.testing.assert_allclose(found[0], expected, rtol=0, atol=5e-3 * np.abs(expected).max())
+    model = product_model(weights[:1], bits, gated=True)
+    gated = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    for rows in (1, 20):
+        x = np.random.default_rng(rows).standard_normal((1, rows, 96), np.float32).astype(np.float16)
+        found, whole = gated.run(None, {"x": x})[0], session.run(["y0"], {"x": x})[0]
+        np.testing.assert_array_equal(found, whole[..., 20:])
 for masked, apart in ((False, False), (True, False), (False, True)):
     heads, kind = Heads(6, 2, 64, 128), {"masked": masked, "apart": apart}
     ours, theirs = (Attention(heads, 2, given, **kind, device="cpu") for given in (library, None))

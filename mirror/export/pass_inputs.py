@@ -13,9 +13,8 @@ import onnx_ir as ir
 
 from mirror.export.draft_inputs import STREAMS
 from mirror.export.graphs import is_op, replace
-from mirror.export.lower import ORT
-from mirror.export.products import VERSION
-from mirror.export.trace import DOMAIN, OPSET
+from mirror.export.products import declare
+from mirror.export.trace import DOMAIN
 
 _MASK_INPUTS = ("total_sequence_length", "slot_branch", "row_visible", "row_branch")
 
@@ -105,13 +104,7 @@ def _outline(
     named = ir.Node(DOMAIN, name, list(inputs), attributes)
     named.outputs[0].type, named.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
     if not any(key[:2] == (DOMAIN, name) for key in model.functions):
-        opsets = {"": OPSET, ORT: 1}
-        values = [value for given in inputs if (value := copied[given]) is not None]
-        graph = ir.Graph(values, body[-1].outputs, nodes=body, opset_imports=opsets)
-        declared = [ir.Attr(attribute.name, attribute.type, None) for attribute in attributes]
-        function = ir.Function(DOMAIN, name, graph=graph, attributes=declared)
-        model.functions[function.identifier()] = function
-        model.graph.opset_imports[DOMAIN] = VERSION
+        declare(model, named, [value for given in inputs if (value := copied[given]) is not None], body)
     model.graph.insert_before(node, named)
     replace(model.graph, node, named.outputs[0])
     for part in reversed(parts[:-1]):

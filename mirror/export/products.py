@@ -7,6 +7,8 @@ kernels have it (`hosts/kernels/cuda`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from mirror.bundle import GATED, SMALL
@@ -121,9 +123,14 @@ def _declare(model: ir.Model, product: ir.Node, named: ir.Node) -> None:
     given = [ir.RefAttr(key, key, attribute.type) for key, attribute in product.attributes.items()]
     whole = ir.Node(ORT, product.op_type, inputs, given, version=VERSION)
     nodes = [whole, *(_gate(whole.outputs[0]) if named.op_type.startswith(GATED) else [])]
+    declare(model, named, inputs, nodes)
+
+
+def declare(model: ir.Model, named: ir.Node, inputs: Sequence[ir.Value], nodes: Sequence[ir.Node]) -> None:
+    """Give a model the function that a node is named after: what nodes make of inputs, the last one's output."""
     graph = ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, opset_imports={"": OPSET, ORT: 1})
-    declared = [ir.Attr(key, attribute.type, None) for key, attribute in named.attributes.items()]
-    function = ir.Function(DOMAIN, named.op_type, graph=graph, attributes=declared)
+    attributes = [ir.Attr(key, attribute.type, None) for key, attribute in named.attributes.items()]
+    function = ir.Function(DOMAIN, named.op_type, graph=graph, attributes=attributes)
     model.functions[function.identifier()] = function
     model.graph.opset_imports[DOMAIN] = VERSION
 

@@ -105,7 +105,8 @@ class Device {
   virtual int padded_width() const { return 1; }
   // Passes that were recorded and are replayed, so far.
   virtual int recorded_passes() const { return 0; }
-  // What it does without though it was asked for or is usual, a sentence each; known once segments are loaded.
+  // What it does without though it was asked for or is usual, a sentence each, some perhaps twice; known once segments
+  // are loaded.
   virtual std::vector<std::string> notices() const { return {}; }
   // `capacity`: slots of its cache. `shapes`: the passes it will be asked for; a device that compiles
   // ahead compiles these, and those of `later` when they are first asked for. `threads`: CPU threads it may use.

@@ -175,9 +175,8 @@ std::shared_ptr<Device> open_cuda(const DeviceName& name, Role role) {
                              Ort::SessionOptions& options, const SegmentFacts& facts, int, int capacity) {
     use_cuda(options, index, stream->handle(), capacity);
     if (takes_operators(facts)) return add_operators(options);
-    const std::optional<std::string> lack = operators_lack(facts);
-    const std::string notice = lack ? device + " computes by " + *lack : "";
-    if (lack && std::find(notices->begin(), notices->end(), notice) == notices->end()) notices->push_back(notice);
+    if (const std::optional<std::string> lack = operators_lack(facts))
+      notices->push_back(device + " computes by ONNX Runtime's kernels alone, which take longer: " + *lack);
   };
   return std::make_shared<SessionDevice>(provider, configure);
 }

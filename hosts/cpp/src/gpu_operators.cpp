@@ -26,8 +26,7 @@ std::optional<std::string> operators_lack(const SegmentFacts& facts) {
   // A segment without layers is in no precision of its own.
   if (facts.kv.empty() || !wants_operators(facts)) return std::nullopt;
   const char* missing = mirror_operators_missing();
-  if (missing == nullptr) return std::nullopt;
-  return std::string("ONNX Runtime's kernels alone, which take longer: ") + missing;
+  return missing == nullptr ? std::nullopt : std::optional<std::string>(missing);
 }
 
 void add_operators(Ort::SessionOptions& options) {

@@ -3,8 +3,10 @@
 #include <dlfcn.h>
 
 #include <list>
+#include <map>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 
 namespace mirror_gpu {
 namespace {
@@ -159,6 +161,15 @@ Kernel compile(const Gpu& gpu, const char* source, const std::vector<std::string
   check(libraries().get_kernel(&kernel, loaded, name), "cuLibraryGetKernel");
   check(libraries().set_attribute(kMostDynamicShared, shared_bytes, kernel, gpu.index), "cuKernelSetAttribute");
   return kernel;
+}
+
+Kernel compiled_once(const Gpu& gpu, const char* source, const char* name) {
+  static std::mutex mutex;
+  static auto& kernels = *new std::map<std::pair<int, std::string>, Kernel>;  // sessions end after static objects do
+  const std::lock_guard<std::mutex> lock(mutex);
+  Kernel& found = kernels[{gpu.index, name}];
+  if (found == nullptr) found = compile(gpu, source, {}, name, 0);
+  return found;
 }
 
 Address allocate(std::size_t bytes) {

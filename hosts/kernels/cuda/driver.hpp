@@ -27,6 +27,8 @@ const std::string& driver_missing();
 Gpu current_gpu();
 Kernel compile(const Gpu& gpu, const char* source, const std::vector<std::string>& options, const char* name,
                int shared_bytes);
+// The same for kernels that are one for all sizes, compiled once for each GPU.
+Kernel compiled_once(const Gpu& gpu, const char* source, const char* name);
 Address allocate(std::size_t bytes);
 void clear(Address address, std::size_t bytes, Stream stream);
 void launch(Kernel kernel, const std::array<int, 3>& grid, int threads, int shared_bytes, Stream stream,

@@ -1,9 +1,4 @@
-#include <cstddef>
 #include <cstdint>
-#include <map>
-#include <mutex>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "driver.hpp"
@@ -18,20 +13,10 @@ namespace {
 
 constexpr int kThreads = 256;
 
-Kernel compiled(const Gpu& gpu, const char* name) {
-  static std::mutex mutex;
-  static auto& kernels =
-      *new std::map<std::pair<int, std::string>, Kernel>;  // sessions may end after static objects do
-  const std::lock_guard<std::mutex> lock(mutex);
-  Kernel& found = kernels[{gpu.index, name}];
-  if (found == nullptr) found = compile(gpu, mirror_inputs_source, {}, name, 0);
-  return found;
-}
-
 // One kernel over [rows][width].
 class Rowwise : public Node {
  protected:
-  Rowwise(const Api& api, Handle info, const char* kernel) : Node(api, info), kernel_(compiled(gpu_, kernel)) {}
+  Rowwise(const Api& api, Handle info, const char* kernel) : Node(api, info), kernel_(compiled_once(gpu_, mirror_inputs_source, kernel)) {}
 
   void run(Handle context, std::int64_t rows, std::int64_t width, void** arguments) const {
     if (rows == 0 || width == 0) return;
@@ -69,9 +54,7 @@ class StreamEmbedding : public Rowwise {
     int width = static_cast<int>(shape.back());
     Address at[] = {address(input(context, 0)), address(input(context, 1)), address(input(context, 2)), address(y)};
     void* arguments[] = {&at[0], &at[1], &at[2], &at[3], &width, &vocabulary_};
-    std::int64_t rows = 1;
-    for (std::size_t axis = 0; axis + 1 < shape.size(); ++axis) rows *= shape[axis];
-    run(context, rows, width, arguments);
+    run(context, shape.at(0) * shape.at(1), width, arguments);
   }
 
  private:

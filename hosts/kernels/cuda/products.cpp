@@ -95,24 +95,18 @@ class Kernels {
     return found;
   }
 
-  // For products that ONNX Runtime has computed.
-  Kernel gate(const Gpu& gpu) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Kernel& found = gates_[gpu.index];
-    if (found == nullptr) found = compile(gpu, mirror_gated_source, {}, "gate_rows", 0);
-    return found;
-  }
-
  private:
   std::mutex mutex_;
   std::map<std::array<int, 6>, Compiled> kernels_;
-  std::map<int, Kernel> gates_;
 };
 
 Kernels& kernels() {
   static Kernels* const made = new Kernels;  // sessions may end after static objects do
   return *made;
 }
+
+// For products that ONNX Runtime has computed.
+Kernel gate(const Gpu& gpu) { return compiled_once(gpu, mirror_gated_source, "gate_rows"); }
 
 bool is_gated(const Signature& of) { return std::strncmp(of.name, "Gated", 5) == 0; }
 
@@ -141,7 +135,7 @@ class Product : public Node {
 
   // What our kernels need. A window's is compiled at loading; that it can't be is said there too.
   void prepare(bool known) {
-    if (matrix_.gated) kernels().gate(gpu_);
+    if (matrix_.gated) gate(gpu_);
     known = known && matrix_.outputs > 0 && matrix_.inputs > 0 && matrix_.inputs % kBlock == 0 &&
             gpu_.major >= kFirstCapability;
     if (!known) return;
@@ -182,7 +176,7 @@ class Product : public Node {
   void gate_rows(Handle context, Address both, Address y, int inner, std::int64_t rows) const {
     void* arguments[] = {&both, &y, &inner};
     const int across = (inner + kGateThreads - 1) / kGateThreads;
-    launch(kernels().gate(gpu_), {across, static_cast<int>(rows), 1}, kGateThreads, 0, stream(context), arguments);
+    launch(gate(gpu_), {across, static_cast<int>(rows), 1}, kGateThreads, 0, stream(context), arguments);
   }
 
   Cut cut_{};

@@ -2,9 +2,10 @@
 // capability 8.0 on.
 //
 // Compiled when it is needed, by NVRTC, once for each choice of these numbers:
-//   BITS         of a weight: 4, 8 or 16. Blocks of 32 integers along the input share a scale; zero is the middle (8,
-//   128). TILES        of 16 outputs that a warp computes. ROW_TILES    of 8 rows that a thread block computes. STAGED
-//   1 where rows lie in shared memory before they are multiplied. Else each warp reads them itself, which
+//   BITS         of a weight: 4, 8 or 16. Blocks of 32 integers along the input share a scale; zero is the middle.
+//   TILES        of 16 outputs that a warp computes.
+//   ROW_TILES    of 8 rows that a thread block computes.
+//   STAGED       1 where rows lie in shared memory before they are multiplied. Else each warp reads them itself, which
 //                is less work where few warps need the same.
 //   ACROSS       warps beside each other over outputs,
 //   ALONG        warps beside each other over the input.
@@ -12,9 +13,8 @@
 //   MIN_BLOCKS   thread blocks that a multiprocessor has room for, by their registers.
 //   PARTS        of the input, by thread blocks of their own.
 //   OUTPUTS, BLOCKS  the matrix: its outputs, and blocks of its inputs.
-//   GATED        1 where the outputs' first half is a gate of the second: y = silu(gate) * up then, by gated.cu, which
-//   lies
-//                before this text. ACROSS is 2.
+//   GATED        1 where the outputs' first half is a gate of the second: y = silu(gate) * up then, by gated.cu,
+//                which lies before this text. ACROSS is 2.
 //
 // y[row][output] = sum over blocks of scale * (q - zero) * x[row][input], in float32; a weight is rounded to float16
 // once, as scale times integer, which is what ONNX Runtime's MatMulNBits multiplies with too. Every output's sum has
@@ -257,11 +257,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
         }
 #else
 #pragma unroll
-          for (int word = 0; word < 2; ++word) {
-            const int index = (part & 1) * 2 + word;
-            unpack8(word_of(given.values[tile * 2][part / 2], index), scale[tile * 2], upper + word * 2);
-            unpack8(word_of(given.values[tile * 2 + 1][part / 2], index), scale[tile * 2 + 1], lower + word * 2);
-          }
+        for (int word = 0; word < 2; ++word) {
+          const int index = (part & 1) * 2 + word;
+          unpack8(word_of(given.values[tile * 2][part / 2], index), scale[tile * 2], upper + word * 2);
+          unpack8(word_of(given.values[tile * 2 + 1][part / 2], index), scale[tile * 2 + 1], lower + word * 2);
+        }
 #endif
 #pragma unroll
         for (int of_rows = 0; of_rows < ROW_TILES; ++of_rows) {
