@@ -113,13 +113,14 @@ def test_other_products_keep_their_name(monkeypatch: pytest.MonkeyPatch) -> None
 
     plain = [helper.make_node("Neg", ["p"], ["y"])]
     left = [model(plain, halves=False), turned_otherwise(model(plain)), of_an_unknown_matrix(model(plain))]
+    for limit, others in ((2 * INNER * WIDTH, left), (2 * INNER * WIDTH - 1, [model(plain)])):
+        monkeypatch.setattr("mirror.export.products.SMALL_MATRIX", limit)
+        for made in others:
+            name_products(made)
+            assert kinds(made) == ["FusedMatMul", "Neg"]
     monkeypatch.setattr("mirror.export.products.SMALL_MATRIX", 2 * INNER * WIDTH)
     name_products(made := model(plain))
     assert kinds(made) == ["SmallFusedMatMul", "Neg"]
-    monkeypatch.setattr("mirror.export.products.SMALL_MATRIX", 2 * INNER * WIDTH - 1)
-    for made in (*left, model(plain)):
-        name_products(made)
-        assert kinds(made) == ["FusedMatMul", "Neg"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4", "fp16", "bf16", "int8-fp16", "int4-fp16"])
