@@ -31,7 +31,7 @@ _FLAGS = {
 }
 # Operators for GPUs, whose kernels travel as text in the library and are compiled for the GPU at hand.
 _GPU_FILES = tuple(
-    f"cuda/{name}.cpp" for name in ("attention", "driver", "inputs", "operators", "products", "workspace")
+    f"cuda/{name}.cpp" for name in ("attention", "cuts", "driver", "inputs", "operators", "products", "workspace")
 )
 _COMMON = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),

@@ -1,27 +1,14 @@
 // silu(gate) * up, gate and up the halves of each row of one product, on NVIDIA GPUs: as a kernel of its own, for
-// products that others have computed, and for ours, which lie behind this text and do it themselves (products.cu).
+// products that others have computed, and for ours, which lie behind this text and do it themselves (products.cu,
+// streamed.cu). numbers.cu lies before it.
 // Rounded where ONNX Runtime's operators would: gate and up, silu and its product are float16, all between is float32.
-
-using u16 = unsigned short;
 
 namespace {
 
-__device__ __forceinline__ u16 rounded(float value) {
-  u16 half;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
-  return half;
-}
-
-__device__ __forceinline__ float widened(u16 half) {
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
-  return value;
-}
-
 __device__ __forceinline__ u16 gated(u16 gate, u16 up) {
   const float open = widened(gate);
-  const u16 silu = rounded(open / (1.0f + expf(-open)));
-  return rounded(widened(silu) * widened(up));
+  const u16 silu = half_of(open / (1.0f + expf(-open)));
+  return half_of(widened(silu) * widened(up));
 }
 
 }  // namespace

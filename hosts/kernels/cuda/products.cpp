@@ -1,11 +1,12 @@
-#include <algorithm>
 #include <array>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "cuts.hpp"
 #include "driver.hpp"
 #include "embedded.hpp"
 #include "operations.hpp"
@@ -13,62 +14,19 @@
 #include "operators.h"
 #include "workspace.hpp"
 
-MIRROR_EMBEDDED(mirror_products_source, "products.cu");
+MIRROR_EMBEDDED(mirror_numbers_source, "numbers.cu");
 MIRROR_EMBEDDED(mirror_gated_source, "gated.cu");
 
 namespace mirror_gpu {
 namespace {
 
-constexpr int kBlock = 32;
-constexpr int kStep = 4;             // blocks
-constexpr int kStepBytes = 2048;     // of shared memory, for eight rows
 constexpr int kFirstCapability = 8;  // copies and products that the kernels are made of
-constexpr int kMostThreads = 512;    // whose registers a multiprocessor has
 constexpr int kGateThreads = 256;
-// Matrices of up to so many numbers are small: a thread block has few outputs of one, so that there are enough of them.
-constexpr std::int64_t kSmall = 1 << 23;
-constexpr int kWindowRows = 16;  // what a pass of the target has at most; more are multiplied in groups
-constexpr int kGroupTiles = 4;   // of eight rows, in a group
-// How many rows ours are for, found by trying on an H200 (docs/log.md). ONNX Runtime's kernel for one row by a large
-// matrix of integers is as fast. For many rows it unpacks a matrix of integers, each time; cuBLAS, which it asks for
-// float16, has kernels for many rows that lose nothing to ours.
-constexpr int kFewestLarge = 2, kMostLarge = 32, kMostSmall = 64, kMostHalf = kWindowRows;
 
-struct Matrix {
-  int outputs, inputs, bits;
-  bool gated = false;  // whether its outputs' first half is a gate of the second
-
-  bool small() const { return static_cast<std::int64_t>(outputs) * inputs <= kSmall; }
-  int steps() const { return (inputs / kBlock + kStep - 1) / kStep; }
-};
-
-// How a thread block is cut: see products.cu. It depends on matrix and GPU alone, since each cut rounds otherwise; but
-// for how many rows it has.
-struct Cut {
-  int tiles, across, along, staged, parts;
-
-  int outputs() const { return 16 * tiles * across; }
-  int threads() const { return 32 * across * along; }
-  int blocks(const Matrix& matrix) const { return (matrix.outputs + outputs() - 1) / outputs(); }
-  int shared_bytes(const Matrix& matrix, int row_tiles) const {
-    const int rows = staged ? (matrix.steps() + parts - 1) / parts * row_tiles * kStepBytes : 0;
-    return std::max(rows, along * row_tiles * 8 * outputs() * 4);
-  }
-};
-
-// Few outputs and the whole input, or many and, if that leaves multiprocessors idle, a part of the input: two thread
-// blocks for each of them if there are enough steps, and rows that fit its shared memory.
-Cut cut_of(const Matrix& matrix, const Gpu& gpu) {
-  if (matrix.small()) {
-    const int across = matrix.gated ? 2 : 1;
-    return {1, across, std::min(matrix.steps(), kMostThreads / 32 / across), 0, 1};
-  }
-  Cut cut{2, 2, std::min(matrix.steps(), 8), 1, 1};
-  const int most_steps = gpu.shared_of_block / (kWindowRows / 8) / kStepBytes;
-  const int for_memory = (matrix.steps() + most_steps - 1) / most_steps;
-  const int for_all = std::min(2 * gpu.multiprocessors / cut.blocks(matrix), matrix.steps() / cut.along);
-  cut.parts = std::max({1, for_memory, for_all});
-  return cut;
+// What lies before each product's text.
+const std::string& common_source() {
+  static const std::string& made = *new std::string(std::string(mirror_numbers_source) + mirror_gated_source);
+  return made;
 }
 
 struct Compiled {
@@ -82,15 +40,9 @@ class Kernels {
     const std::lock_guard<std::mutex> lock(mutex_);
     Compiled& found = kernels_[{gpu.index, matrix.outputs, matrix.inputs, matrix.bits, matrix.gated, row_tiles}];
     if (found.kernel == nullptr) {
-      found.shared_bytes = cut.shared_bytes(matrix, row_tiles);
-      const std::string source = matrix.gated ? std::string(mirror_gated_source) + mirror_products_source : "";
-      found.kernel = compile(
-          gpu, matrix.gated ? source.c_str() : mirror_products_source,
-          {define("BITS", matrix.bits), define("TILES", cut.tiles), define("ROW_TILES", row_tiles),
-           define("STAGED", cut.staged), define("ACROSS", cut.across), define("ALONG", cut.along), define("AHEAD", 1),
-           define("MIN_BLOCKS", matrix.small() && row_tiles == 1 ? 2 : 1), define("PARTS", cut.parts),
-           define("OUTPUTS", matrix.outputs), define("BLOCKS", matrix.inputs / kBlock), define("GATED", matrix.gated)},
-          "products", found.shared_bytes);
+      found.shared_bytes = cut.shared_bytes(row_tiles);
+      const std::string source = common_source() + cut.source;
+      found.kernel = compile(gpu, source.c_str(), cut.numbers(row_tiles), cut.name, found.shared_bytes);
     }
     return found;
   }
@@ -106,7 +58,7 @@ Kernels& kernels() {
 }
 
 // For products that ONNX Runtime has computed.
-Kernel gate(const Gpu& gpu) { return compiled_once(gpu, mirror_gated_source, "gate_rows"); }
+Kernel gate(const Gpu& gpu) { return compiled_once(gpu, common_source().c_str(), "gate_rows"); }
 
 bool is_gated(const Signature& of) { return std::strncmp(of.name, "Gated", 5) == 0; }
 
@@ -120,7 +72,8 @@ class Product : public Node {
     const Rows given = rows_of(context, outputs / spans);
     const Handle y = output(context, 0, given.shape);
     if (given.count == 0) return;
-    if (fewest_ <= given.count && given.count <= most_) return multiply(context, y, static_cast<int>(given.count));
+    if (cut_ && cut_->fewest_rows <= given.count && given.count <= cut_->most_rows)
+      return multiply(context, y, static_cast<int>(given.count));
     if (!matrix_.gated) return invoke_built_in(context, {y});
     const Temporary both(*this, context, y, rows_of(context, outputs).shape);
     invoke_built_in(context, {both.value()});
@@ -140,15 +93,10 @@ class Product : public Node {
             gpu_.major >= kFirstCapability;
     if (!known) return;
     cut_ = cut_of(matrix_, gpu_);
-    const bool groups = cut_.shared_bytes(matrix_, kGroupTiles) <= gpu_.shared_of_block;
-    fewest_ = matrix_.small() ? 1 : kFewestLarge;
-    most_ = !groups ? kWindowRows : !matrix_.small() ? kMostLarge : matrix_.bits < 16 ? kMostSmall : kMostHalf;
-    kernels().compiled(gpu_, matrix_, cut_, 1);
-    const auto of_groups = static_cast<std::size_t>((most_ + kGroupTiles * 8 - 1) / (kGroupTiles * 8));
-    const std::size_t rows = groups ? of_groups * kGroupTiles * 8 : kWindowRows;
-    const std::size_t parts = cut_.parts > 1 ? static_cast<std::size_t>(cut_.parts) : 0;
-    plan_workspace(parts * rows * static_cast<std::size_t>(matrix_.outputs),
-                   parts > 0 ? of_groups * static_cast<std::size_t>(cut_.blocks(matrix_)) : 1);
+    kernels().compiled(gpu_, matrix_, *cut_, 1);
+    const int groups = cut_->groups(cut_->most_rows), row_tiles = cut_->row_tiles(cut_->most_rows);
+    const std::size_t shared = cut_->parts > 1 ? static_cast<std::size_t>(groups) : 0;
+    plan_workspace(shared * cut_->sums(row_tiles), shared * cut_->tickets());
   }
 
   Matrix matrix_{};
@@ -156,8 +104,8 @@ class Product : public Node {
  private:
   void multiply(Handle context, Handle y, int count) const {
     const Stream on = stream(context);
-    const int row_tiles = count <= 8 ? 1 : count <= kWindowRows ? 2 : kGroupTiles;
-    const Compiled compiled = kernels().compiled(gpu_, matrix_, cut_, row_tiles);
+    const int row_tiles = cut_->row_tiles(count);
+    const Compiled compiled = kernels().compiled(gpu_, matrix_, *cut_, row_tiles);
     const Workspace memory = workspace(gpu_.index, on);
     const bool scaled = matrix_.bits < 16;
     Address at[] = {address(input(context, 1)),
@@ -167,8 +115,7 @@ class Product : public Node {
                     memory.sums_at,
                     memory.tickets_at};
     void* arguments[] = {&at[0], &at[1], &at[2], &at[3], &at[4], &at[5], &count};
-    const int groups = (count + row_tiles * 8 - 1) / (row_tiles * 8);
-    launch(compiled.kernel, {cut_.blocks(matrix_), cut_.parts, groups}, cut_.threads(), compiled.shared_bytes, on,
+    launch(compiled.kernel, {cut_->blocks, cut_->parts, cut_->groups(count)}, cut_->threads, compiled.shared_bytes, on,
            arguments);
   }
 
@@ -179,8 +126,7 @@ class Product : public Node {
     launch(gate(gpu_), {across, static_cast<int>(rows), 1}, kGateThreads, 0, stream(context), arguments);
   }
 
-  Cut cut_{};
-  int fewest_ = 1, most_ = 0;  // rows that our kernels multiply
+  std::unique_ptr<const Cut> cut_;  // of what our kernels multiply, none where they don't
 };
 
 // Of integers; the built-in operator is MatMulNBits.
