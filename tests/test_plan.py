@@ -250,6 +250,10 @@ Damage = Callable[[dict[str, Any]], object]
         (lambda box: box.update(devices={}), r"at devices: expected an object with at least one entry"),
         (lambda box: box["devices"]["gpu"].update(memory="hbm"), r"gpu\.memory is 'hbm'; expected one of shared, own"),
         (lambda box: box["devices"]["gpu"].update(gb_s=figure(500)), r"gb_s is 500, more than the 120 of its memory"),
+        (
+            lambda box: box["devices"]["gpu"].update(gb_s_by_precision={"int4": figure(121)}),
+            r"gb_s_by_precision\.int4 is 121, more than the 120 of its memory",
+        ),
         (lambda box: box["devices"]["gpu"].update(gb_s=7), r"at devices\.gpu\.gb_s: expected an object with basis"),
         (lambda box: box["devices"]["gpu"].pop("tops"), r"at devices\.gpu: 'tops' is missing"),
         (
@@ -296,11 +300,9 @@ def device(**changes: Any) -> tuple[Box, DeviceProfile]:
     return box, dataclasses.replace(box.devices["gpu"], **values)
 
 
-def timed(
-    rows: int = 1, context: int = 0, *, draft: bool = False, model: ModelWork = MODEL, **changes: Any
-) -> PassTime:
+def timed(rows: int = 1, context: int = 0, *, model: ModelWork = MODEL, **changes: Any) -> PassTime:
     box, profiled = device(**changes)
-    return Part(model, profiled, box, draft).time(model.whole(), PassSize(rows, rows, context))
+    return Part(model, profiled, box, draft=False).time(model.whole(), PassSize(rows, rows, context))
 
 
 def test_a_pass_by_hand() -> None:
@@ -319,17 +321,27 @@ def test_a_pass_by_hand() -> None:
     assert found.bound == "dispatch"
 
 
-def test_the_cache_the_launches_and_further_rows_have_their_own_cost() -> None:
+def test_the_cache_and_further_rows_have_their_own_cost() -> None:
     plain = timed()
     assert timed(copy_gb_s=10.0).ms == pytest.approx(plain.ms + 2048 * 8 * 2 * 2 * 64 * 2 / 10e6)
     assert timed(copy_gb_s=0.1).bound == "moving the cache"
-    assert timed(launch_us=1000.0).ms == plain.ms  # a target's passes are recorded
-    assert timed(launch_us=1000.0, draft=True).ms == pytest.approx(124.0)
-    assert timed(launch_us=1000.0, draft=True).bound == "launches"
     assert timed(many_rows=3.0).ms == plain.ms
     assert timed(rows=2, many_rows=3.0).weights_ms == pytest.approx(3 * plain.weights_ms)
     assert timed(rows=5000).bound == "arithmetic"
     assert timed(context=4000, cache_gb_s=0.1).bound == "attention over the cache"
+
+
+def test_matrices_that_are_stored_in_some_way_may_be_read_at_another_rate() -> None:
+    data = profile()
+    data["devices"]["gpu"]["gb_s_by_precision"] = {"fp16": {**figure(50), "range": [25, 100]}, "int4": figure(10)}
+    box = parse_box("box", json.dumps(data))
+
+    def weights_ms(of: Box) -> float:
+        return Part(MODEL, of.devices["gpu"], of, draft=False).time(MODEL.whole(), PassSize(1, 1, 0)).weights_ms
+
+    assert weights_ms(box) == pytest.approx(2 * timed().weights_ms)
+    assert weights_ms(box.at_edge(slow=True)) == pytest.approx(4 * timed().weights_ms)
+    assert weights_ms(box.at_edge(slow=False)) == pytest.approx(timed().weights_ms)
 
 
 def test_a_precision_without_a_rate_is_refused() -> None:
@@ -357,7 +369,7 @@ def test_more_work_or_a_slower_device_never_takes_less(
 
 
 def lane(ms: float, **use: float) -> PassTime:
-    return PassTime("pass", ms, 0.0, 0.0, 0.0, 0.0, 0.0, use)
+    return PassTime("pass", ms, 0.0, 0.0, 0.0, 0.0, use)
 
 
 SHARE = st.floats(0, 1)
@@ -513,12 +525,27 @@ def test_a_memory_of_its_own_leaves_the_target_alone() -> None:
     assert terms.overlap.target_ms == pytest.approx(terms.prefix.ms + terms.exit_head.ms + terms.suffix.ms)
 
 
-def test_one_device_for_both_gains_nothing_but_what_launches_leave() -> None:
+def test_one_device_for_both_gains_nothing() -> None:
     found = plan_round(setting(draft_device="gpu"), CHOICE)
     assert found.exit_head is not None
     alone = found.prefix.ms + found.exit_head.ms + found.suffix.ms
     drafted = sum(item.ms for item in (found.trunk, *found.rollout))
     assert found.overlap.target_ms == pytest.approx(alone + drafted)  # each has half of it while both run
+
+
+def test_a_draft_that_wants_part_of_the_device_holds_the_target_up_for_less() -> None:
+    found = setting(draft_device="gpu")
+    half = Figure(0.5, Basis.ASSUMED, "a test", 0.5, 0.5)
+    draft, target = (
+        dataclasses.replace(part, device=dataclasses.replace(part.device, draft_use=half))
+        for part in (found.draft, found.target)
+    )
+    some, whole = (plan_round(item, CHOICE) for item in (dataclasses.replace(found, draft=draft, target=target), found))
+    assert some.exit_head is not None
+    alone = some.prefix.ms + some.exit_head.ms + some.suffix.ms
+    assert alone < some.overlap.target_ms < whole.overlap.target_ms
+    assert some.overlap.draft_ms < whole.overlap.draft_ms
+    assert some.serial_ms == whole.serial_ms  # in turns it has all of it
 
 
 def test_without_the_exit_head_the_rollout_begins_at_once() -> None:

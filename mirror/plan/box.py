@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from importlib import resources
 from pathlib import Path
@@ -52,13 +52,13 @@ class DeviceProfile:
     Attributes:
         memory: the memory it reads from; devices that name the same one share its bandwidth.
         gb_s: bandwidth that it sustains in products with stored matrices.
+        gb_s_by_precision: the same for matrices that are stored in some way, where it isn't `gb_s`.
         cache_gb_s: the same for attention over a cache; None takes `gb_s`.
         tops: sustained 10^12 operations a second (a multiply-add is two), by the way matrices are stored.
         pass_ms: the fixed cost of a pass.
         kernel_us: the fixed cost of each kernel in a pass.
-        launch_us: what the host takes to start a kernel of a draft's pass, where these aren't recorded; the pass
-            then takes at least that for each kernel.
         copy_gb_s: at what rate the whole cache travels to the device at each pass; None where it stays there.
+        draft_use: the share of the device that a draft's pass takes up beside a target's; None takes all of it.
         many_rows: how many times longer reading the matrices takes with more than one row.
     """
 
@@ -70,9 +70,14 @@ class DeviceProfile:
     pass_ms: Figure
     kernel_us: Figure
     cache_gb_s: Figure | None = None
-    launch_us: Figure | None = None
     copy_gb_s: Figure | None = None
+    draft_use: Figure | None = None
     many_rows: Figure | None = None
+    gb_s_by_precision: Mapping[str, Figure] = field(default_factory=dict)
+
+    def product_gb_s(self, precision: str) -> float:
+        """Return the bandwidth of products with matrices that are stored in some way."""
+        return self.gb_s_by_precision.get(precision, self.gb_s).value
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,14 @@ class Box:
 
 
 def _device_at_edge(profile: DeviceProfile, slow: bool) -> DeviceProfile:
-    changed: dict[str, Any] = {"tops": {name: _edge(figure, low=slow) for name, figure in profile.tops.items()}}
-    for field in fields(profile):
-        found = getattr(profile, field.name)
+    changed: dict[str, Any] = {
+        name: {precision: _edge(figure, low=slow) for precision, figure in getattr(profile, name).items()}
+        for name in ("tops", "gb_s_by_precision")
+    }
+    for item in fields(profile):
+        found = getattr(profile, item.name)
         if isinstance(found, Figure):
-            changed[field.name] = _edge(found, low=slow == field.name.endswith("gb_s"))
+            changed[item.name] = _edge(found, low=slow == item.name.endswith("gb_s"))
     return replace(profile, **changed)
 
 
@@ -185,11 +193,13 @@ def _check(name: str, box: Box) -> None:
                 f"{name}: devices.{device.name}.memory is {device.memory!r}; expected one of {', '.join(box.memories)}"
             )
         whole = box.memories[device.memory].high
-        if device.gb_s.value > whole:
-            raise RequestError(
-                f"{name}: devices.{device.name}.gb_s is {device.gb_s.value:g}, more than the {whole:g} of its memory "
-                f"{device.memory!r}; give the device what it sustains of that"
-            )
+        rates = {"gb_s": device.gb_s} | {f"gb_s_by_precision.{key}": it for key, it in device.gb_s_by_precision.items()}
+        for key, rate in rates.items():
+            if rate.value > whole:
+                raise RequestError(
+                    f"{name}: devices.{device.name}.{key} is {rate.value:g}, more than the {whole:g} of its memory "
+                    f"{device.memory!r}; give the device what it sustains of that"
+                )
 
 
 @dataclass(frozen=True)
@@ -268,7 +278,7 @@ def _range(place: _Place, value: float) -> tuple[float, float]:
 
 
 def _device(name: str, place: _Place) -> DeviceProfile:
-    optional = {"cache_gb_s", "launch_us", "copy_gb_s", "many_rows"}
+    optional = {"gb_s_by_precision", "cache_gb_s", "copy_gb_s", "draft_use", "many_rows"}
     place.expect({"title", "memory", "gb_s", "tops", "pass_ms", "kernel_us"}, optional)
     return DeviceProfile(
         name=name,
@@ -279,7 +289,8 @@ def _device(name: str, place: _Place) -> DeviceProfile:
         pass_ms=place.figure("pass_ms", zero=True),
         kernel_us=place.figure("kernel_us", zero=True),
         cache_gb_s=place.optional("cache_gb_s"),
-        launch_us=place.optional("launch_us"),
         copy_gb_s=place.optional("copy_gb_s"),
+        draft_use=place.optional("draft_use"),
         many_rows=place.optional("many_rows"),
+        gb_s_by_precision=place.each("gb_s_by_precision", _figure) if "gb_s_by_precision" in place.data else {},
     )

@@ -30,7 +30,6 @@ class PassTime:
         weights_ms, cache_ms: reading matrices, and the cache.
         arithmetic_ms: multiplying, which goes on while memory is read.
         copy_ms: the cache's way to the device.
-        launch_ms: the host's work to start all kernels, which goes on beside everything else.
         use: the share of each memory's bandwidth, and of the device itself, that the pass takes up while it runs.
     """
 
@@ -40,7 +39,6 @@ class PassTime:
     cache_ms: float
     arithmetic_ms: float
     copy_ms: float
-    launch_ms: float
     use: Mapping[str, float]
 
     @property
@@ -50,14 +48,12 @@ class PassTime:
 
     @property
     def ms(self) -> float:
-        """The whole pass: the cache's way, then the device's work, or its launches where these take longer."""
-        return self.copy_ms + max(self.busy_ms, self.launch_ms)
+        """The whole pass: the cache's way, then the device's work."""
+        return self.copy_ms + self.busy_ms
 
     @property
     def bound(self) -> str:
         """What takes the most of it."""
-        if self.launch_ms >= self.ms - self.copy_ms > 0:
-            return "launches"
         read_ms = self.weights_ms + self.cache_ms
         parts = {
             "dispatch": self.dispatch_ms,
@@ -71,7 +67,7 @@ class PassTime:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A model on a device; a draft's passes aren't recorded. Equal only to itself, so that times can be kept by it."""
+    """A model on a device. Equal only to itself, so that times can be kept by it."""
 
     model: ModelWork
     device: DeviceProfile
@@ -85,7 +81,7 @@ class Part:
             RequestError: the profile has no rate for the way in which matrices are stored.
         """
         device, work = self.device, segment.body + segment.head
-        weights_ms = _ms(work.matrix_bytes, device.gb_s.value) * _many_rows(device, size.rows)
+        weights_ms = _ms(work.matrix_bytes, device.product_gb_s(segment.precision)) * _many_rows(device, size.rows)
         cache_ms = _ms(work.slot_bytes * size.context, (device.cache_gb_s or device.gb_s).value)
         copied = work.slot_bytes * self.model.capacity_slots
         timed = PassTime(
@@ -95,12 +91,12 @@ class Part:
             cache_ms,
             multiply_adds(segment, size) * 2e-9 / rate_tops(device, segment.precision),
             _ms(copied, device.copy_gb_s.value) if device.copy_gb_s else 0.0,
-            work.kernels * device.launch_us.value / 1e3 if device.launch_us and self.draft else 0.0,
             {},
         )
         moved_gb = (work.matrix_bytes + work.slot_bytes * size.context) / 1e9
         share = 1e3 * moved_gb / timed.ms / self.box.memories[device.memory].value
-        use = {device.memory: min(share, 1.0), f"device {device.name}": timed.busy_ms / timed.ms}
+        taken = device.draft_use.value if device.draft_use and self.draft else 1.0
+        use = {device.memory: min(share, 1.0), f"device {device.name}": taken * timed.busy_ms / timed.ms}
         return dataclasses.replace(timed, use=use)
 
 

@@ -296,7 +296,8 @@ def _figures(device: DeviceProfile, precisions: set[str]) -> Iterator[tuple[str,
         found = getattr(device, field.name)
         if isinstance(found, Figure):
             yield field.name, found
-    yield from ((f"tops.{name}", figure) for name, figure in device.tops.items() if name in precisions)
+    for kind, figures in (("gb_s_by_precision", device.gb_s_by_precision), ("tops", device.tops)):
+        yield from ((f"{kind}.{name}", figure) for name, figure in figures.items() if name in precisions)
 
 
 def _range(figure: Figure) -> str:
