@@ -48,7 +48,12 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("plan")
     checkpoint = make_checkpoint("qwen3", folder / "checkpoint")
     options = ExportOptions(
-        precision=request.param, max_length=64, exit_layer="1", draft="layers:0,3", allow_failed_check=True
+        precision=request.param,
+        max_length=64,
+        exit_layer="1",
+        draft="layers:0,3",
+        int8_draft=True,
+        allow_failed_check=True,
     )
     return folder / "bundle", export_bundle(str(checkpoint), folder / "bundle", options).manifest
 
@@ -75,11 +80,24 @@ def test_a_bundle_is_counted_as_by_hand(exported: tuple[Path, Manifest]) -> None
 
 def test_a_draft_is_counted_apart_from_its_target(exported: tuple[Path, Manifest]) -> None:
     folder, manifest = exported
-    draft = count_draft(folder, manifest)
+    draft = count_draft(folder, manifest, "cuda:0")
     assert draft is not None
     assert (draft.layers, draft.layer.matrices, draft.head.matrices) == (2, LAYER, HEAD)
     assert draft.layer.slot_bytes * 2 == slot_bytes(manifest.segments["draft"].kv)
-    assert count_draft(folder, dataclasses.replace(manifest, draft=None)) is None
+    assert draft.precision == manifest.model.precision
+    assert count_draft(folder, dataclasses.replace(manifest, draft=None), "cuda:0") is None
+
+
+def test_a_draft_on_the_cpu_is_counted_as_it_runs_there(exported: tuple[Path, Manifest]) -> None:
+    folder, manifest = exported
+    draft = count_draft(folder, manifest, "cpu")
+    assert draft is not None
+    assert (draft.precision, draft.layers, draft.layer.matrices, draft.head.matrices) == ("int8", 2, LAYER, HEAD)
+    assert draft.layer.matrix_bytes == LAYER  # a scale for each output is next to nothing
+    without = {name: segment for name, segment in manifest.segments.items() if not name.endswith("int8")}
+    same = count_draft(folder, dataclasses.replace(manifest, segments=without), "cpu")
+    assert same is not None
+    assert same.precision == manifest.model.precision
 
 
 def test_kernels_are_the_nodes_that_compute(exported: tuple[Path, Manifest]) -> None:

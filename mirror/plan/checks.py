@@ -28,6 +28,7 @@ _STEP = "docs/results/step-14b-h100.json"
 _H200 = "one H200 with 16 Intel cores, measured before there were result files; Qwen3-14B's shape, fp16"
 _FP16 = "docs/results/rounds-14b-small-products-whole.json: steps by the devices' clock, median rounds"
 _INT4 = "docs/results/rounds-14b-int4-streamed.json: steps by the devices' clock, median rounds"
+_CORES = "docs/results/draft-passes-amx.json: by mirror's own kernels on 15 threads"
 _RUN = "https://github.com/openvinotoolkit/openvino/discussions/36484"
 
 
@@ -83,6 +84,10 @@ def h200() -> Iterator[Check]:
     box = read_box("h200-16-cores")
     yield from _rounds(box, "fp16", _FP16, 64, (1, 1, 1, 4), (8.04, 9.22, 9.02))
     yield from _rounds(box, "int4-fp16", _INT4, 32, (1, 2, 4), (3.76, 4.81, 4.72))
+    shipped = _shipped("int8")
+    for rows, known, kind in ((8, 0.86, Kind.CHECKED), (64, 1.55, Kind.FITTED), (256, 4.40, Kind.FITTED)):
+        timed = _draft_time(shipped, box, "cpu", rows)
+        yield Check(f"H200's cores: the shipped draft in int8, {rows} rows", timed.ms, known, "ms", kind, _CORES)
     yield from _beside_cores(_with_costs(box, kernel_us=3.0, pass_ms=0.0))
 
 
@@ -97,14 +102,17 @@ def _rounds(
     """Yield a step without an exit head, and a serial and a mirror round with the shipped draft on the same GPU."""
     device = box.device("cuda:0")
     target = Part(read_shape("qwen3-14b").work(STORAGE[precision]), device, box, draft=False)
-    shipped = read_shape("smollm2-135m").work(STORAGE[precision], 24576).with_layers(5)
-    setting = Setting(target, Part(shipped, device, box, draft=True), read_curve(None, 40), 330)
+    setting = Setting(target, Part(_shipped(precision), device, box, draft=True), read_curve(None, 40), 330)
     terms = plan_round(setting, Choice(26, 7, CandidateSource.DRAFT, branches, tokens_per_pass))
     step_ms = terms.plain_ms - setting.host_ms  # a plain round's launches go on beside the GPU's work
     predicted = {"step": step_ms, "serial round": terms.serial_ms, "mirror round": terms.round_ms}
     for (what, predicted_ms), known_ms in zip(predicted.items(), known, strict=True):
         kind = Kind.FITTED if what == "step" else Kind.CHECKED
         yield Check(f"H200, 14B {precision}, draft on the GPU: {what}", predicted_ms, known_ms, "ms", kind, source)
+
+
+def _shipped(precision: str) -> ModelWork:
+    return read_shape("smollm2-135m").work(STORAGE[precision], 24576).with_layers(5)
 
 
 def _beside_cores(box: Box) -> Iterator[Check]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mirror.bundle import Form, LayerKV, Manifest, Segment
+from mirror.bundle import INT8_SEGMENTS, Form, LayerKV, Manifest, Segment
 from mirror.errors import RequestError
 from mirror.plan.work import ModelWork, Work
 from mirror.runtime.graph_count import GraphCount, Product, count_graph
@@ -37,9 +37,11 @@ def count_target(folder: Path, manifest: Manifest) -> ModelWork:
     )
 
 
-def count_draft(folder: Path, manifest: Manifest) -> ModelWork | None:
-    """Return the work of a bundle's draft; None where it is no model."""
-    segment = manifest.segments.get("draft")
+def count_draft(folder: Path, manifest: Manifest, device: str) -> ModelWork | None:
+    """Return the work of a bundle's draft on a device, by its name; None where it is no model."""
+    # As in `runtime/loading.py`: drafts on `cpu` have graphs of their own, if the bundle has them.
+    integers = manifest.segments.get(INT8_SEGMENTS["draft"]) if device == "cpu" else None
+    segment = integers or manifest.segments.get("draft")
     if manifest.draft is None or segment is None:
         return None
     count = _counted(folder, segment)

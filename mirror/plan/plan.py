@@ -163,8 +163,8 @@ def plan_bundle(bundle: Path | None, options: PlanOptions) -> PlanReport:
             lacks something; the message says what.
     """
     manifest = read_manifest(bundle) if bundle is not None else None
-    target, draft = _target(bundle, manifest, options), _draft(bundle, manifest, options)
     box = read_box(options.box)
+    target, draft = _target(bundle, manifest, options), _draft(bundle, manifest, box, options)
     curve = read_curve(options.acceptance, target.layers)
     setting = _setting(box, target, draft, curve, options)
     limits = _limits(manifest, target, curve, options)
@@ -206,12 +206,13 @@ def _target(bundle: Path | None, manifest: Manifest | None, options: PlanOptions
     return count_target(bundle, manifest)
 
 
-def _draft(bundle: Path | None, manifest: Manifest | None, options: PlanOptions) -> ModelWork:
+def _draft(bundle: Path | None, manifest: Manifest | None, box: Box, options: PlanOptions) -> ModelWork:
     if options.draft_shape is not None:
         shape = read_shape(options.draft_shape)
         work = shape.work(STORAGE[options.draft_precision], options.draft_vocabulary)
         return work.with_layers(options.draft_layers) if options.draft_layers else work
-    found = count_draft(bundle, manifest) if bundle is not None and manifest is not None else None
+    device = options.draft_device or box.draft
+    found = count_draft(bundle, manifest, device) if bundle is not None and manifest is not None else None
     if found is None:
         raise RequestError("there is no draft model to plan for; name a BUNDLE with one, or pass --draft-shape")
     return found.with_layers(options.draft_layers) if options.draft_layers else found

@@ -17,7 +17,7 @@ _NODE_INPUT, _NODE_OUTPUT, _NODE_KIND, _NODE_ATTRIBUTE = 1, 2, 4, 5
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME = 1, 2, 8
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
 _TENSOR_RAW, _TENSOR_EXTERNAL, _KEY, _VALUE = 9, 13, 1, 2
-_PRODUCTS = ("FusedMatMul", "MatMul", "Gemm", "MatMulNBits")
+_PRODUCTS = ("FusedMatMul", "MatMul", "Gemm", "MatMulNBits", "DynamicQuantizeMatMul")
 # Operators that only look at a tensor in another way, or fold away once sizes are fixed.
 _VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "Identity", "Constant", "Shape")
 _TYPES = {1: "fp32", 10: "fp16", 16: "bf16", 2: "int8", 3: "int8"}
