@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 130
 CHAT_HELP = "Ctrl-C cancels the answer; /reset forgets the conversation; /exit or Ctrl-D leaves"
 UNTUNED_TIP = (
-    "draft and target share one CPU, where drafting may cost more than it saves; `mirror tune BUNDLE` measures it "
+    "draft and target share one device, where drafting may cost more than it saves; `mirror tune BUNDLE` measures it "
     "and keeps the fastest mode, --mode plain leaves the draft out"
 )
 
@@ -169,7 +169,7 @@ def report(result: Result, output: OutputOptions) -> None:
         print_notice(event.message)
     if output.statistics:
         print_statistics(result.statistics, result.finish_reason.value)
-        if output.untuned and set(result.devices.values()) == {"cpu"}:
+        if output.untuned and len(set(result.devices.values())) == 1:
             print_notice(UNTUNED_TIP)
     if output.trace is not None:
         output.trace.write_text(json.dumps(result.trace()), encoding="utf-8")

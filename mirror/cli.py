@@ -515,7 +515,7 @@ def devices(as_json: bool) -> None:
     type=click.Choice(MODES),
     default="auto",
     help="How tokens are made; auto takes what `mirror tune` found, else mirror, serial where draft and target share "
-    "one CPU, plain without a draft.",
+    "one device, plain without a draft.",
 )
 @click.option(
     "--target-device",
@@ -717,13 +717,13 @@ def auto_mode(bundle: Path, target: str | None, suffix: str | None, draft: str |
     """Return the mode to decode in, and whether that was measured or is the only one.
 
     The bundle's settings say it; else `mirror`, or `serial` where the draft would take its time from a target on the
-    same CPU. `plain` without a draft, which is told.
+    same device. `plain` without a draft, which is told.
 
     Args:
         target, suffix, draft: the devices that the user names.
     """
     from mirror.bundle import read_manifest
-    from mirror.targets.base import share_cpu
+    from mirror.targets.base import share_device
 
     manifest = read_manifest(bundle)
     if manifest.draft is None:
@@ -732,7 +732,7 @@ def auto_mode(bundle: Path, target: str | None, suffix: str | None, draft: str |
     if manifest.settings.mode is not None:
         return manifest.settings.mode, True
     place, other, own = manifest.settings.devices(target, suffix, draft)
-    return ("serial" if share_cpu((place, other or place), own) else "mirror"), False
+    return ("serial" if share_device((place, other or place), own) else "mirror"), False
 
 
 def own_draft_pays(mode: str, *devices: str | None) -> bool:

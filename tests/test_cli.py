@@ -108,9 +108,14 @@ def test_an_untuned_mode_on_one_cpu_comes_with_a_tip(bundle: Path) -> None:
         ("cuda:0", "cpu", "openvino:CPU", "serial"),
         (None, None, "npu", "mirror"),
         ("cuda:0", None, "cuda:0:0.25", "mirror"),
+        ("cuda:0", None, "CUDA:0", "serial"),
+        ("cuda:0", None, "cuda:1", "mirror"),
+        ("cuda:0", "cuda:1", "cuda:1", "serial"),
+        ("openvino:GPU:f16", None, "openvino:gpu", "serial"),
+        ("openvino:GPU", None, "openvino:NPU", "mirror"),
     ],
 )
-def test_an_untuned_draft_beside_its_target_on_one_cpu_goes_first(
+def test_an_untuned_draft_on_its_targets_device_goes_first(
     bundle: Path, target: str | None, suffix: str | None, draft: str | None, mode: str
 ) -> None:
     assert auto_mode(bundle, target, suffix, draft) == (mode, False)

@@ -371,3 +371,19 @@ def is_cpu(name: str) -> bool:
 def share_cpu(targets: Iterable[str], draft: str) -> bool:
     """Return whether a draft's device and one of its target's are both this machine's CPU."""
     return is_cpu(draft) and any(map(is_cpu, targets))
+
+
+def share_device(targets: Iterable[str], draft: str) -> bool:
+    """Return whether a draft computes where one of its target's does, so that it takes its time from it.
+
+    A part of a GPU (`cuda:0:0.25`) counts as a device of its own: who names one wants both at work.
+    """
+    targets = tuple(targets)
+    place = _whole_device(draft)
+    return share_cpu(targets, draft) or (place is not None and place in map(_whole_device, targets))
+
+
+def _whole_device(name: str) -> tuple[str, ...] | None:
+    """Return family and unit of a device, as users write it; None for a part of a GPU."""
+    family, *rest = name.strip().lower().split(":")
+    return None if family == "cuda" and len(rest) > 1 else (family, *rest[:1])
