@@ -55,10 +55,8 @@ class BlockCut : public Cut {
   std::vector<std::string> numbers(int row_tiles) const override {
     std::vector<std::string> all = numbers_of(matrix_, row_tiles, parts);
     const int together = matrix_.small() && row_tiles == 1 ? 2 : 1;
-    for (const std::string& more :
-         {define("TILES", tiles_), define("STAGED", !matrix_.small()), define("ACROSS", across_),
-          define("ALONG", along_), define("AHEAD", 1), define("MIN_BLOCKS", together)})
-      all.push_back(more);
+    all.insert(all.end(), {define("TILES", tiles_), define("STAGED", !matrix_.small()), define("ACROSS", across_),
+                           define("ALONG", along_), define("AHEAD", 1), define("MIN_BLOCKS", together)});
     return all;
   }
 
@@ -102,7 +100,7 @@ class StreamCut : public Cut {
 
   std::vector<std::string> numbers(int row_tiles) const override {
     std::vector<std::string> all = numbers_of(matrix_, row_tiles, parts);
-    for (const std::string& more : {define("WARPS", kWarps), define("AHEAD", ahead(row_tiles))}) all.push_back(more);
+    all.insert(all.end(), {define("WARPS", kWarps), define("AHEAD", ahead(row_tiles))});
     return all;
   }
 
