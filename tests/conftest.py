@@ -80,7 +80,7 @@ def _each_architecture_is_traced_once() -> Iterator[None]:
         yield
         return
     from mirror.export import build
-    from tests.traces import remembering
+    from mirror.export.trace import remembering
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "trace", remembering(build.trace))

@@ -24,9 +24,8 @@ from mirror.export.checkpoint import open_checkpoint
 from mirror.export.cut import exit_layer_of
 from mirror.export.normalize import normalize
 from mirror.export.recut import recut_bundle
-from mirror.export.trace import Traced, trace
+from mirror.export.trace import Traced, remembering, trace
 from tests.families import make_checkpoint
-from tests.traces import remembering
 
 OPTIONS = ExportOptions(max_length=200, draft="layers:0,3")
 _GATE_AND_UP = "model.layers.0.mlp.gate_proj.weight+up_proj"
@@ -408,6 +407,20 @@ def test_a_remembered_trace_is_like_a_new_one(llama: Path) -> None:
     assert asked == [torch.float32, torch.float16]
     config.num_hidden_layers = 1
     assert remembered(config, torch.float32).layers == 1
+
+
+def test_a_model_that_drafts_for_itself_is_traced_once(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, made = [], build.trace
+
+    def counted(config: PretrainedConfig, dtype: torch.dtype) -> Traced:
+        asked.append(dtype)
+        return made(config, dtype)
+
+    monkeypatch.setattr(build, "trace", counted)
+    export_bundle(str(llama), tmp_path / "bundle", ExportOptions(draft=str(llama), int8_draft=True, max_length=64))
+    assert asked == [torch.float32]
 
 
 # --- small drivers over real sessions ---------------------------------------------------------------

@@ -43,7 +43,7 @@ from mirror.export.normalize import normalize
 from mirror.export.progress import Progress, Silent
 from mirror.export.recut import INT8_SOURCE, write_segments
 from mirror.export.selfcheck import CheckReport, check
-from mirror.export.trace import Aliases, Traced, trace
+from mirror.export.trace import Aliases, Traced, remembering, trace
 from mirror.export.vocabulary import TrimmedSource, Vocabulary, only_trimmed
 from mirror.export.weights import DRAFT_SCOPE, WeightFile, WeightSource
 from mirror.version import __version__
@@ -115,6 +115,7 @@ class _Job:
     def __init__(self, checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> None:
         config = checkpoint.config
         self.checkpoint, self.options, self.progress = checkpoint, options, progress
+        self._trace = remembering(trace)
         self.precision = _precision(options.precision)
         self.draft: DraftChoice = parse_draft(options.draft, config.num_hidden_layers)
         self.distilled = open_distilled(self.draft.model) if self.draft.model else None
@@ -138,7 +139,7 @@ class _Job:
         file = WeightFile(folder / WEIGHT_FILE, WEIGHT_FILE, self.progress.advance)
         binder = Binder(folder, self.checkpoint.weights, self.precision, file)
         self.progress.start(f"trace {self.checkpoint.architecture}", None)
-        traced = trace(self.checkpoint.config, _TORCH_TYPES.get(self.precision.float_type, torch.float32))
+        traced = self._trace(self.checkpoint.config, _TORCH_TYPES.get(self.precision.float_type, torch.float32))
         exits = self._save_target(folder, traced, binder)
         draft = self._write_draft(folder, binder)
         options = self.options
@@ -254,7 +255,7 @@ class _Job:
             Its layers, its streams, and the exit layer that feeds it.
         """
         self.progress.start("trace draft", None)
-        traced = trace(config, _TORCH_TYPES.get(binder.dtype, torch.float32))
+        traced = self._trace(config, _TORCH_TYPES.get(binder.dtype, torch.float32))
         names = take_layers(traced, self.draft.layers) if self.draft.layers else traced.parameters
         model, aliases, binder = self._normalised("draft", traced, names, binder)
         streams, fed = 0, None

@@ -21,7 +21,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -73,6 +73,26 @@ def trace(config: PretrainedConfig, dtype: torch.dtype) -> Traced:
     except Exception as error:  # torch.export raises many kinds; all mean that this model does not trace
         raise ExportError(f"{name} can't be traced: {_first_line(error)}") from error
     return _traced(program.model, model, layers, name)
+
+
+Trace = Callable[[PretrainedConfig, torch.dtype], Traced]
+
+
+def remembering(trace: Trace) -> Trace:
+    """Return `trace` with a memory: it is made from a config alone, so an equal config gets a copy of its graph.
+
+    A draft is traced for each of its precisions, and may be the target itself.
+    """
+    made: dict[tuple[str, torch.dtype], Traced] = {}
+
+    def traced(config: PretrainedConfig, dtype: torch.dtype) -> Traced:
+        key = (config.to_json_string(use_diff=False), dtype)
+        if key not in made:
+            made[key] = trace(config, dtype)
+        # Who is given a graph changes it.
+        return replace(made[key], model=made[key].model.clone(), parameters=dict(made[key].parameters))
+
+    return traced
 
 
 def hollow(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
