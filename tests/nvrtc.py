@@ -13,14 +13,14 @@ SOURCES = Path(__file__).parents[1] / "hosts" / "kernels" / "cuda"
 
 
 def compile_log(sources: Sequence[str], architecture: str, facts: Mapping[str, int]) -> str:
-    """Return what the compiler said of some files of the kernels, one behind the other."""
+    """Return what the compiler said of some files of the kernels, one behind the other and all behind numbers.cu."""
     found = importlib.util.find_spec("nvidia")
     folders = [] if found is None else [Path(place) for place in found.submodule_search_locations or ()]
     libraries = [path for folder in folders for path in folder.glob("**/libnvrtc.so.*")]
     if not libraries:
         pytest.skip("nvidia-cuda-nvrtc isn't installed")
     library, program = ctypes.CDLL(str(libraries[0])), ctypes.c_void_p()
-    text = b"".join((SOURCES / source).read_bytes() for source in sources)
+    text = b"".join((SOURCES / source).read_bytes() for source in ("numbers.cu", *sources))
     library.nvrtcCreateProgram(ctypes.byref(program), text, sources[-1].encode(), 0, None, None)
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
     words = [word.encode() for word in (*options, *(f"-D{name}={value}" for name, value in facts.items()))]

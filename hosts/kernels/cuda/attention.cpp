@@ -138,10 +138,10 @@ class Attention : public Node {
     const Stream on = stream(context);
     const Handle bias = input(context, kBias);
     const Kernel kernel = kernels().compiled(gpu_, {head, group, rotary_, bias != nullptr});
-    const int tiles = (rows * group + kQueries - 1) / kQueries;
+    const int tiles = divided_up(rows * group, kQueries);
     // By pass and GPU alone, since each number of parts rounds otherwise.
     const int parts =
-        std::clamp(most_blocks() / (key_heads_ * tiles), 1, std::min(kMostParts, (capacity + kSlots - 1) / kSlots));
+        std::clamp(most_blocks() / (key_heads_ * tiles), 1, std::min(kMostParts, divided_up(capacity, kSlots)));
     const Workspace memory = workspace(gpu_.index, on);
     const Handle key = input(context, kKey);
     Address q = address(input(context, kQuery)), k = address(key), v = address(input(context, kValue));

@@ -15,9 +15,6 @@
 // The matrix units add up over channels in any order that queries and keys share: lane t of four has the channels 8t to
 // 8t + 7 of each 32, sixteen bytes at a time. Its partner channels half a head away are then its own too.
 
-using u32 = unsigned int;
-using u16 = unsigned short;
-
 namespace {
 
 constexpr int kThreads = 128;
@@ -33,12 +30,6 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 __device__ __forceinline__ uint4 load(const u16* source) { return *reinterpret_cast<const uint4*>(source); }
 __device__ __forceinline__ void store(u16* target, uint4 value) { *reinterpret_cast<uint4*>(target) = value; }
-
-__device__ __forceinline__ float float_of(u16 half) {
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
-  return value;
-}
 
 __device__ __forceinline__ u32 halves_of(float low, float high) {
   u32 both;
@@ -60,8 +51,8 @@ __device__ __forceinline__ void turn(u32& first, u32& second, u32 cosine, u32 si
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     const int shift = 16 * part;
-    const float a = float_of(u16(first >> shift)), b = float_of(u16(second >> shift));
-    const float c = float_of(u16(cosine >> shift)), s = float_of(u16(sine >> shift));
+    const float a = widened(u16(first >> shift)), b = widened(u16(second >> shift));
+    const float c = widened(u16(cosine >> shift)), s = widened(u16(sine >> shift));
     turned[0][part] = __fmaf_rn(a, c, -__fmul_rn(b, s));
     turned[1][part] = __fmaf_rn(b, c, __fmul_rn(a, s));
   }
@@ -74,13 +65,6 @@ __device__ __forceinline__ void turn(uint4& first, uint4& second, const uint4& c
   turn(first.y, second.y, cosine.y, sine.y);
   turn(first.z, second.z, cosine.z, sine.z);
   turn(first.w, second.w, cosine.w, sine.w);
-}
-
-__device__ __forceinline__ void multiply(float sums[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ u32 shared_address(const void* place) { return u32(__cvta_generic_to_shared(place)); }
@@ -243,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         const int slot = tile * kSlots + warp * 16 + n * 8 + place * 2 + (index & 1);
         float score = scores[n][index] * scale;
         const bool seen = row < rows && slot <= past + row;
-        if (BIAS && seen) score += float_of(bias[(long long)row * bias_stride + slot]);
+        if (BIAS && seen) score += widened(bias[(long long)row * bias_stride + slot]);
         scores[n][index] = seen ? score * kLog2e : lowest();
         most[which] = fmaxf(most[which], scores[n][index]);
       }

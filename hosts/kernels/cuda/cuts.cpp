@@ -15,14 +15,12 @@ std::vector<std::string> numbers_of(const Matrix& matrix, int row_tiles, int par
           define("OUTPUTS", matrix.outputs), define("BLOCKS", matrix.inputs / kBlock), define("GATED", matrix.gated)};
 }
 
-int rounded_up(int count, int by) { return (count + by - 1) / by; }
-
 // A thread block has some outputs: see products.cu.
 class BlockCut : public Cut {
  public:
   // Few outputs and the whole input, or many and, if that leaves multiprocessors idle, a part of the input: two thread
   // blocks for each of them if there are enough steps, and rows that fit its shared memory.
-  BlockCut(const Matrix& matrix, const Gpu& gpu) : matrix_(matrix), steps_(rounded_up(matrix.inputs / kBlock, 4)) {
+  BlockCut(const Matrix& matrix, const Gpu& gpu) : matrix_(matrix), steps_(divided_up(matrix.inputs / kBlock, 4)) {
     name = "products";
     source = mirror_products_source;
     if (matrix.small()) {
@@ -32,10 +30,10 @@ class BlockCut : public Cut {
       tiles_ = across_ = 2;
       along_ = std::min(steps_, 8);
     }
-    blocks = rounded_up(matrix.outputs, outputs());
+    blocks = divided_up(matrix.outputs, outputs());
     threads = 32 * across_ * along_;
     if (!matrix.small()) {
-      const int for_memory = rounded_up(steps_, gpu.shared_of_block / (kWindowRows / 8) / kStepBytes);
+      const int for_memory = divided_up(steps_, gpu.shared_of_block / (kWindowRows / 8) / kStepBytes);
       const int for_all = std::min(2 * gpu.multiprocessors / blocks, steps_ / along_);
       parts = std::max({1, for_memory, for_all});
     }
@@ -48,7 +46,7 @@ class BlockCut : public Cut {
   }
 
   int shared_bytes(int row_tiles) const override {
-    const int rows = matrix_.small() ? 0 : rounded_up(steps_, parts) * row_tiles * kStepBytes;
+    const int rows = matrix_.small() ? 0 : divided_up(steps_, parts) * row_tiles * kStepBytes;
     return std::max(rows, along_ * row_tiles * 8 * outputs() * 4);
   }
 
@@ -108,8 +106,8 @@ class StreamCut : public Cut {
     return tickets() * static_cast<std::size_t>(parts * row_tiles * 32 * 4);
   }
   std::size_t tickets() const override {
-    return static_cast<std::size_t>(matrix_.gated ? rounded_up(matrix_.outputs / 2, 8)
-                                                  : rounded_up(matrix_.outputs, 16));
+    return static_cast<std::size_t>(matrix_.gated ? divided_up(matrix_.outputs / 2, 8)
+                                                  : divided_up(matrix_.outputs, 16));
   }
 
  private:
@@ -119,7 +117,7 @@ class StreamCut : public Cut {
   static int begun_bytes(int row_tiles) { return kWarps * row_tiles * 512; }
   int bytes(int row_tiles, int ahead) const {
     const int of_stage = 16 * kStepBlocks * (4 * matrix_.bits + 2);
-    const int of_rows = rounded_up(steps_, parts) * row_tiles * kStepBlocks * 512;
+    const int of_rows = divided_up(steps_, parts) * row_tiles * kStepBlocks * 512;
     return begun_bytes(row_tiles) + kWarps * ahead * of_stage + of_rows;
   }
   int ahead(int row_tiles) const { return bytes(row_tiles, 4) <= memory_ ? 4 : 3; }

@@ -28,14 +28,14 @@ class Cut {
   virtual ~Cut() = default;
 
   const char* name = "";    // of the kernel
-  const char* source = "";  // behind numbers.cu and gated.cu
+  const char* source = "";  // behind gated.cu
   int blocks = 0, parts = 1, threads = 0;
   int fewest_rows = 1, most_rows = 0;  // that it is for, found by trying on an H200 (docs/log.md)
   int group_tiles = kWindowRows / 8;   // of eight rows, in a group of many
 
   // How many tiles of eight rows a thread block has.
   int row_tiles(int rows) const { return rows <= 8 ? 1 : rows <= kWindowRows ? 2 : group_tiles; }
-  int groups(int rows) const { return (rows + row_tiles(rows) * 8 - 1) / (row_tiles(rows) * 8); }
+  int groups(int rows) const { return divided_up(rows, row_tiles(rows) * 8); }
 
   virtual int shared_bytes(int row_tiles) const = 0;
   virtual std::vector<std::string> numbers(int row_tiles) const = 0;

@@ -8,6 +8,10 @@
 #include <stdexcept>
 #include <utility>
 
+#include "embedded.hpp"
+
+MIRROR_EMBEDDED(mirror_numbers_source, "numbers.cu");
+
 namespace mirror_gpu {
 namespace {
 
@@ -150,10 +154,11 @@ Gpu current_gpu() {
 
 Kernel compile(const Gpu& gpu, const char* source, const std::vector<std::string>& options, const char* name,
                int shared_bytes) {
+  const std::string text = std::string(mirror_numbers_source) + source;
   std::string log;
-  std::string code = compiled(source, options, "sm_" + std::to_string(gpu.major * 10 + gpu.minor), log);
+  std::string code = compiled(text.c_str(), options, "sm_" + std::to_string(gpu.major * 10 + gpu.minor), log);
   // A GPU that is newer than the compiler: its driver goes on from PTX.
-  if (code.empty()) code = compiled(source, options, "compute_80", log);
+  if (code.empty()) code = compiled(text.c_str(), options, "compute_80", log);
   if (code.empty())
     throw std::runtime_error("NVRTC can't compile mirror's kernels, MIRROR_KERNELS=off does without: " + log);
   void *loaded = nullptr, *kernel = nullptr;

@@ -23,7 +23,7 @@ struct Gpu {
 // Why there is no driver or no NVRTC; empty where there are both.
 const std::string& driver_missing();
 
-// Throw std::runtime_error, saying what the driver or the compiler said.
+// Throw std::runtime_error, saying what the driver or the compiler said. A kernel's source lies behind numbers.cu.
 Gpu current_gpu();
 Kernel compile(const Gpu& gpu, const char* source, const std::vector<std::string>& options, const char* name,
                int shared_bytes);
@@ -33,6 +33,9 @@ Address allocate(std::size_t bytes);
 void clear(Address address, std::size_t bytes, Stream stream);
 void launch(Kernel kernel, const std::array<int, 3>& grid, int threads, int shared_bytes, Stream stream,
             void** arguments);
+
+// How many of some size it takes for all.
+inline int divided_up(int count, int by) { return (count + by - 1) / by; }
 
 // A number that a kernel is compiled for.
 inline std::string define(const char* name, int value) {

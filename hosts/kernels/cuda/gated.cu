@@ -1,6 +1,6 @@
 // silu(gate) * up, gate and up the halves of each row of one product, on NVIDIA GPUs: as a kernel of its own, for
 // products that others have computed, and for ours, which lie behind this text and do it themselves (products.cu,
-// streamed.cu). numbers.cu lies before it.
+// streamed.cu).
 // Rounded where ONNX Runtime's operators would: gate and up, silu and its product are float16, all between is float32.
 
 namespace {

@@ -1,7 +1,5 @@
 // What a draft's pass makes of its small inputs, on NVIDIA GPUs.
 
-using u16 = unsigned short;
-
 namespace {
 
 constexpr u16 kHidden = 0xfb53;  // -60000 in float16, as masks have it

@@ -1,4 +1,4 @@
-// float16 numbers, integers that become such, and the matrix units: what lies before the texts of all products.
+// float16 numbers, integers that become such, and the matrix units: what lies before the text of every kernel.
 
 using u32 = unsigned int;
 using u16 = unsigned short;
@@ -52,6 +52,12 @@ __device__ __forceinline__ void unpack4(u32 word, u32 scale, u32 pairs[4]) {
   pairs[1] = times2(fma2(on_1024<0x00f000f0u>(word), sixteenth, minus_72), scale);
   pairs[2] = times2(add2(on_1024<0x000f000fu>(high), minus_1032), scale);
   pairs[3] = times2(fma2(on_1024<0x00f000f0u>(high), sixteenth, minus_72), scale);
+}
+
+// Eight inputs in the order of those pairs.
+__device__ __forceinline__ uint4 paired4(const uint4& eight) {
+  return make_uint4(__byte_perm(eight.x, eight.z, 0x5410), __byte_perm(eight.x, eight.z, 0x7632),
+                    __byte_perm(eight.y, eight.w, 0x5410), __byte_perm(eight.y, eight.w, 0x7632));
 }
 
 __device__ __forceinline__ void unpack8(u32 word, u32 scale, u32 pairs[2]) {

@@ -14,7 +14,6 @@
 #include "operators.h"
 #include "workspace.hpp"
 
-MIRROR_EMBEDDED(mirror_numbers_source, "numbers.cu");
 MIRROR_EMBEDDED(mirror_gated_source, "gated.cu");
 
 namespace mirror_gpu {
@@ -22,12 +21,6 @@ namespace {
 
 constexpr int kFirstCapability = 8;  // copies and products that the kernels are made of
 constexpr int kGateThreads = 256;
-
-// What lies before each product's text.
-const std::string& common_source() {
-  static const std::string& made = *new std::string(std::string(mirror_numbers_source) + mirror_gated_source);
-  return made;
-}
 
 struct Compiled {
   Kernel kernel = nullptr;
@@ -41,7 +34,7 @@ class Kernels {
     Compiled& found = kernels_[{gpu.index, matrix.outputs, matrix.inputs, matrix.bits, matrix.gated, row_tiles}];
     if (found.kernel == nullptr) {
       found.shared_bytes = cut.shared_bytes(row_tiles);
-      const std::string source = common_source() + cut.source;
+      const std::string source = std::string(mirror_gated_source) + cut.source;
       found.kernel = compile(gpu, source.c_str(), cut.numbers(row_tiles), cut.name, found.shared_bytes);
     }
     return found;
@@ -58,7 +51,7 @@ Kernels& kernels() {
 }
 
 // For products that ONNX Runtime has computed.
-Kernel gate(const Gpu& gpu) { return compiled_once(gpu, common_source().c_str(), "gate_rows"); }
+Kernel gate(const Gpu& gpu) { return compiled_once(gpu, mirror_gated_source, "gate_rows"); }
 
 bool is_gated(const Signature& of) { return std::strncmp(of.name, "Gated", 5) == 0; }
 
@@ -122,7 +115,7 @@ class Product : public Node {
   // The gate of a product that the built-in operator computed, `both` its result.
   void gate_rows(Handle context, Address both, Address y, int inner, std::int64_t rows) const {
     void* arguments[] = {&both, &y, &inner};
-    const int across = (inner + kGateThreads - 1) / kGateThreads;
+    const int across = divided_up(inner, kGateThreads);
     launch(gate(gpu_), {across, static_cast<int>(rows), 1}, kGateThreads, 0, stream(context), arguments);
   }
 

@@ -16,7 +16,7 @@
 //   GATED        1 where the outputs' first half is a gate of the second: y = silu(gate) * up then, by gated.cu.
 //                ACROSS is 2.
 //
-// numbers.cu and gated.cu lie before this text.
+// gated.cu lies before this text.
 //
 // y[row][output] = sum over blocks of scale * (q - zero) * x[row][input], in float32; a weight is rounded to float16
 // once, as scale times integer, which is what ONNX Runtime's MatMulNBits multiplies with too. Every output's sum has
@@ -147,8 +147,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
     const uint4* const source = reinterpret_cast<const uint4*>(x + (long long)row * BLOCKS * kBlock);
     const uint4 eight = __ldg(source + eight_of(step, of_place, part));
 #if BITS == 4
-    return make_uint4(__byte_perm(eight.x, eight.z, 0x5410), __byte_perm(eight.x, eight.z, 0x7632),
-                      __byte_perm(eight.y, eight.w, 0x5410), __byte_perm(eight.y, eight.w, 0x7632));
+    return paired4(eight);
 #else
     return eight;
 #endif

@@ -1,5 +1,5 @@
 // Products of a few rows with a large matrix of 4- or 8-bit integers, on NVIDIA GPUs from compute capability 8.0 on,
-// as fast as the matrix is read. numbers.cu and gated.cu lie before this text.
+// as fast as the matrix is read. gated.cu lies before this text.
 //
 // Compiled when it is needed, by NVRTC, once for each choice of these numbers:
 //   BITS         of a weight, 4 or 8. Blocks of 32 integers along the input share a scale; zero is the middle.
@@ -160,13 +160,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 512 / kThreads)
       const int step = index / kRows, row = index % kRows;
       const uint4* const source = reinterpret_cast<const uint4*>(x + (long long)min(row, rows - 1) * BLOCKS * kBlock);
       const uint4 read = __ldg(source + (first_step + step) * 32 + lane);
-#if BITS == 4
-      const uint4 ordered = make_uint4(__byte_perm(read.x, read.z, 0x5410), __byte_perm(read.x, read.z, 0x7632),
-                                       __byte_perm(read.y, read.w, 0x5410), __byte_perm(read.y, read.w, 0x7632));
-#else
-      const uint4 ordered = read;
-#endif
-      given[place_of(step, row / 8, eight, row % 8 * 4 + piece % 4)] = ordered;
+      given[place_of(step, row / 8, eight, row % 8 * 4 + piece % 4)] = BITS == 4 ? paired4(read) : read;
     }
   }
   __syncthreads();
